@@ -1,0 +1,5 @@
+"""`python -m megakor`: the `megakor` command."""
+
+from megakor.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Checkpoints by canonical name: committed or absent, read in any layout, without pickle."""

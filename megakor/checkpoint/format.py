@@ -1,0 +1,141 @@
+"""The format of a checkpoint folder.
+
+    RUN/checkpoints/step-00000100/manifest.json           what there is, written last
+                                  rank-00000.safetensors  the pieces that rank 0 owned, 1-D fp32
+    RUN/checkpoints/latest                                "step-00000100"
+
+Each safetensors key is `state/name@offset`: a contiguous run of elements, from `offset` on, of the flattened state
+tensor of the parameter `name`. The manifest lists for every (state, name) its whole shape and where its pieces are, so
+that a reader in any layout slices what it needs. A folder is written aside under another name and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FOLDER = "checkpoints"
+PREFIX = "step-"
+ASIDE = ".writing"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One safetensors file: its size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One state tensor: its whole shape and its pieces as (file, offset, number of elements)."""
+
+    shape: list[int]
+    pieces: list[tuple[str, int, int]]
+
+
+@dataclass
+class CheckpointManifest:
+    """What a checkpoint holds and what it belongs to.
+
+    Attributes:
+        step: optimizer steps done.
+        num_tokens: the true vocabulary.
+        model: fields of `ModelConfig`, `vocab_size` resolved.
+        tokenizer_fingerprint: SHA-256 of the tokenizer's model.
+        optimizer: its name and the settings of its parameter groups.
+        data: the stream's identity; with `step` it fixes every batch to come.
+        train: the resolved configuration of the run.
+        files: by name.
+        tensors: by `state/name`.
+    """
+
+    step: int
+    num_tokens: int
+    model: dict[str, Any]
+    tokenizer_fingerprint: str
+    optimizer: dict[str, Any]
+    data: dict[str, Any]
+    train: dict[str, Any]
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> CheckpointManifest:
+        """Read a checkpoint's manifest.
+
+        Raises:
+            ValueError: it is missing, not JSON, of another version, or names a file outside the folder.
+        """
+        path = folder / MANIFEST
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw["version"] != VERSION:
+                raise ValueError(f"{path}: version={raw['version']} must be {VERSION}")
+            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+            raw["tensors"] = {
+                name: TensorEntry(entry["shape"], [(file, start, size) for file, start, size in entry["pieces"]])
+                for name, entry in raw["tensors"].items()
+            }
+            manifest = cls(**raw)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing; the folder must be a whole checkpoint") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged ({error}); it must be a checkpoint's manifest") from None
+        for name in manifest.files:
+            if Path(name).name != name:
+                raise ValueError(f"{path}: file name {name!r} must not leave the folder")
+        return manifest
+
+    def check_sizes(self, folder: Path) -> None:
+        """Raise `ValueError` on a missing or truncated file, or on a tensor whose pieces do not cover it."""
+        for name, entry in self.files.items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.size:
+                found = "missing" if size is None else f"{size} bytes"
+                raise ValueError(f"{path}: {found}; must be {entry.size} bytes")
+        for name, tensor in self.tensors.items():
+            position = 0
+            for _, start, size in sorted(tensor.pieces, key=lambda piece: piece[1]):
+                if start != position:
+                    break
+                position += size
+            if position != math.prod(tensor.shape):
+                raise ValueError(f"{folder / MANIFEST}: pieces of {name} must cover its shape {tensor.shape} once")
+
+    def check_contents(self, folder: Path) -> None:
+        """Raise `ValueError` on a file whose SHA-256 differs."""
+        self.check_sizes(folder)
+        for name, entry in self.files.items():
+            if sha256_of(folder / name) != entry.sha256:
+                raise ValueError(f"{folder / name}: SHA-256 differs from the manifest's; the file is damaged")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of a step."""
+    return run / FOLDER / f"{PREFIX}{step:08d}"
+
+
+def committed(run: Path) -> list[Path]:
+    """The run's checkpoint folders that were committed, oldest first."""
+    folders = (run / FOLDER).glob(f"{PREFIX}*")
+    return sorted(path for path in folders if path.is_dir() and not path.name.endswith(ASIDE))

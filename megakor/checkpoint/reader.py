@@ -1,0 +1,147 @@
+"""Reading: any range of any state tensor, whole weights, or a whole model, from a run or a checkpoint folder."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megakor.checkpoint.format import MANIFEST, CheckpointManifest, committed
+from megakor.config.schema import ModelConfig
+from megakor.logs import get_logger
+from megakor.model.gpt_neox import GPTNeoXForCausalLM
+from megakor.model.parameters import parameter_specs
+from megakor.train.optimizer import WEIGHT
+
+log = get_logger(__name__)
+
+
+class CheckpointValues:
+    """A checkpoint as a source of values: reads the elements that are asked for and no others.
+
+    A context manager, which closes the files. It serves the engine as `megakor.train.engine.Values`.
+
+    Args:
+        folder: checkpoint folder.
+        with_optimizer: whether the optimizer state counts; if not, moments start at zero, as for fine-tuning.
+    """
+
+    def __init__(self, folder: Path, with_optimizer: bool = True) -> None:
+        self.folder = folder
+        self.manifest = CheckpointManifest.load(folder)
+        self.manifest.check_sizes(folder)
+        self.with_optimizer = with_optimizer
+        self.handles: dict[str, Any] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> CheckpointValues:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.handles.clear()
+        self.stack.close()
+
+    @property
+    def num_steps(self) -> int:
+        return self.manifest.step if self.with_optimizer else 0
+
+    def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a flattened fp32 parameter."""
+        return self.read(WEIGHT, name, start, stop)
+
+    def state(self, state: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a flattened optimizer state."""
+        return self.read(state, name, start, stop) if self.with_optimizer else torch.zeros(stop - start)
+
+    def read(self, state: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a flattened state tensor, fp32.
+
+        Raises:
+            ValueError: the checkpoint does not hold them.
+        """
+        key = f"{state}/{name}"
+        entry = self.manifest.tensors.get(key)
+        if entry is None or stop > math.prod(entry.shape):
+            raise ValueError(f"{self.folder}: {key} must be there with at least {stop} elements")
+        result = torch.empty(stop - start, dtype=torch.float32)
+        for file, offset, numel in entry.pieces:
+            first, last = max(start, offset), min(stop, offset + numel)
+            if first < last:
+                piece = self.open(file).get_slice(f"{key}@{offset}")
+                result[first - start : last - start] = piece[first - offset : last - offset]
+        return result
+
+    def open(self, file: str) -> Any:
+        if file not in self.handles:
+            try:
+                self.handles[file] = self.stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / file}: damaged ({error}); it must be a safetensors file") from None
+        return self.handles[file]
+
+
+def newest_whole(run: Path, contents: bool) -> Path | None:
+    """The newest committed checkpoint of a run that is whole; damaged ones are named in the log and passed over.
+
+    Args:
+        run: run folder.
+        contents: whether to compare the SHA-256 of every file too.
+    """
+    for folder in reversed(committed(run)):
+        try:
+            manifest = CheckpointManifest.load(folder)
+            manifest.check_contents(folder) if contents else manifest.check_sizes(folder)
+            return folder
+        except ValueError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+    return None
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder that a path means: itself, or the newest whole one of a run folder."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"run={path} must be a run folder or a checkpoint folder")
+    found = newest_whole(path, contents=False)
+    if found is None:
+        raise ValueError(f"run={path} must hold at least one whole checkpoint")
+    return found
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint folder lies in."""
+    return checkpoint.parent.parent
+
+
+def model_config(manifest: CheckpointManifest) -> ModelConfig:
+    """The architecture of a checkpoint."""
+    return ModelConfig(**manifest.model)
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every parameter, whole, fp32, by canonical name."""
+    with CheckpointValues(checkpoint) as values:
+        specs = parameter_specs(model_config(values.manifest))
+        return {spec.name: values.weight(spec.name, 0, math.prod(spec.shape)).view(spec.shape) for spec in specs}
+
+
+def load_model(
+    checkpoint: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[GPTNeoXForCausalLM, CheckpointManifest]:
+    """The whole model of a checkpoint on one device, in evaluation mode, and the checkpoint's manifest."""
+    manifest = CheckpointManifest.load(checkpoint)
+    model = GPTNeoXForCausalLM(model_config(manifest))
+    weights = read_weights(checkpoint)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return model.to(device=device, dtype=dtype).eval(), manifest

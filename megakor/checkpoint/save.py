@@ -1,0 +1,141 @@
+"""Saving: each rank writes the pieces it owns, rank 0 the manifest, and a rename commits.
+
+An error on any rank, such as a full disk, is raised on all of them, and the last good checkpoint stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from megakor.checkpoint.format import (
+    ASIDE,
+    LATEST,
+    MANIFEST,
+    CheckpointManifest,
+    FileEntry,
+    TensorEntry,
+    committed,
+    sha256_of,
+    step_folder,
+)
+from megakor.train.optimizer import Piece
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    aside = path.with_name(path.name + ASIDE)
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    aside.replace(path)
+
+
+def raise_together(error: Exception | None, doing: str) -> None:
+    """Raise on all ranks what went wrong on any; every rank calls."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
+    if failed:
+        rank, text = failed[0]
+        raise OSError(f"{doing}: rank {rank}: {text}; the last whole checkpoint is untouched") from error
+
+
+def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> tuple[str, FileEntry | None, list]:
+    """Write this rank's file; returns its name, entry and what it holds. A rank that owns nothing writes none."""
+    name = f"rank-{rank:05d}.safetensors"
+    own = [piece for piece in pieces if piece.writes]
+    if not own:
+        return name, None, []
+    # Clones: safetensors refuses tensors that share storage, as slices of one flat tensor do.
+    save_file({f"{p.state}/{p.name}@{p.offset}": p.values.detach().cpu().clone() for p in own}, folder / name)
+    sync(folder / name)
+    entry = FileEntry(size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
+    held = [(f"{p.state}/{p.name}", list(p.shape), p.offset, p.values.numel()) for p in own]
+    return name, entry, held
+
+
+def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Piece], keep_last: int) -> Path:
+    """Write a checkpoint of `manifest.step` and make it the run's latest; every rank calls.
+
+    Args:
+        run: run folder, shared by all ranks.
+        manifest: without files and tensors, which are filled in here.
+        pieces: what this rank holds.
+        keep_last: whole checkpoints to keep; 0: all.
+
+    Raises:
+        OSError: on all ranks, when any could not write; earlier checkpoints are untouched.
+    """
+    rank = dist.get_rank()
+    folder = step_folder(run, manifest.step)
+    aside = folder.with_name(folder.name + ASIDE)
+    error: Exception | None = None
+    result: tuple[str, FileEntry | None, list] = ("", None, [])
+    try:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    except OSError as caught:
+        error = caught
+    raise_together(error, f"saving {folder}")
+    try:
+        result = write_pieces(aside, rank, pieces)
+    except (OSError, SafetensorError) as caught:
+        error = caught
+    try:
+        raise_together(error, f"saving {folder}")
+        results: list[tuple[str, FileEntry | None, list]] = [result] * dist.get_world_size()
+        dist.all_gather_object(results, result)
+        if rank == 0:
+            try:
+                commit(run, aside, folder, manifest, results)
+                prune(run, keep_last)
+            except OSError as caught:
+                error = caught
+        raise_together(error, f"saving {folder}")
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return folder
+
+
+def commit(run: Path, aside: Path, folder: Path, manifest: CheckpointManifest, results: list) -> None:
+    """Write the manifest, check every file's size, rename, and point `latest` at the folder."""
+    manifest.files, manifest.tensors = {}, {}
+    for name, entry, held in results:
+        if entry is None:
+            continue
+        manifest.files[name] = entry
+        for key, shape, offset, numel in held:
+            manifest.tensors.setdefault(key, TensorEntry(shape, [])).pieces.append((name, offset, numel))
+    manifest.check_sizes(aside)
+    write_text(aside / MANIFEST, manifest.to_json())
+    sync(aside)
+    if folder.exists():  # the same step, saved by an earlier attempt
+        shutil.rmtree(folder)
+    aside.rename(folder)
+    sync(folder.parent)
+    write_text(run / folder.parent.name / LATEST, folder.name)
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints; 0 keeps all."""
+    for folder in committed(run)[:-keep_last] if keep_last else []:
+        shutil.rmtree(folder)
+

@@ -1,0 +1,1 @@
+"""One resolved configuration: types (`schema`), rules (`checks`), verbs and composition (`verbs`, `compose`)."""

@@ -1,0 +1,228 @@
+"""Every rule that a composed configuration must keep, field by field and across fields.
+
+`check` runs once after composition and raises on the first broken rule, naming key, value and rule.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megakor.config.schema import (
+    CorpusConfig,
+    DemoConfig,
+    EngineConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    InstructConfig,
+    ModelConfig,
+    PairsConfig,
+    ParallelConfig,
+    Precision,
+    PretrainConfig,
+    ShardConfig,
+    TrainTokenizerConfig,
+)
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "data_types": "train.precision",
+    "gradient_clipping": "train.clip_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+}
+"""Top-level DeepSpeed keys that megakor sets, and the key to use instead."""
+
+
+def require(condition: bool, key: str, value: Any, rule: str) -> None:
+    """Raise `ValueError` naming key, value and rule unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{key}={value} must {rule}")
+
+
+def positive(key: str, value: float | None, allow_zero: bool = False) -> None:
+    """Raise unless the value is positive, or null."""
+    if value is not None:
+        require(value >= 0 if allow_zero else value > 0, key, value, "be at least 0" if allow_zero else "be above 0")
+
+
+def share(key: str, value: float, low_open: bool = False, high_open: bool = False) -> None:
+    """Raise unless the value lies between 0 and 1."""
+    inside = (value > 0 if low_open else value >= 0) and (value < 1 if high_open else value <= 1)
+    require(inside, key, value, f"lie in {'(' if low_open else '['}0, 1{')' if high_open else ']'}")
+
+
+def check_model(model: ModelConfig, prefix: str = "model") -> None:
+    """The rules of an architecture."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+                 "make_vocab_size_divisible_by", "max_position_embeddings", "initializer_range"):  # fmt: skip
+        positive(f"{prefix}.{name}", getattr(model, name))
+    heads = model.num_attention_heads
+    require(
+        model.hidden_size % heads == 0,
+        f"{prefix}.hidden_size",
+        model.hidden_size,
+        f"be divisible by {prefix}.num_attention_heads={heads}",
+    )
+    share(f"{prefix}.rotary_pct", model.rotary_pct, low_open=True)
+    head_dim = model.hidden_size // heads
+    rotary_dim = int(head_dim * model.rotary_pct)
+    require(
+        rotary_dim > 0 and rotary_dim % 2 == 0,
+        f"{prefix}.rotary_pct",
+        model.rotary_pct,
+        f"rotate an even, positive number of the {head_dim} dimensions of a head, not {rotary_dim}",
+    )
+
+
+def check_parallel(parallel: ParallelConfig, precision: Precision) -> None:
+    """The rules of a layout that hold for any number of processes."""
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size", "data_parallel_size"):
+        positive(f"parallel.{name}", getattr(parallel, name))
+    for name in ("tensor_parallel_size", "context_parallel_size"):
+        require(getattr(parallel, name) == 1, f"parallel.{name}", getattr(parallel, name), "be 1 in this version")
+    stage, stages = parallel.zero_stage, parallel.pipeline_parallel_size
+    require(stage in (0, 1, 2, 3), "parallel.zero_stage", stage, "be 0, 1, 2 or 3")
+    if stages > 1:
+        rule = f"be 1 with parallel.pipeline_parallel_size={stages}: DeepSpeed's pipeline keeps whole gradients and weights"
+        require(stage == 1, "parallel.zero_stage", stage, rule)
+    require(stage != 3, "parallel.zero_stage", stage, "be 0, 1 or 2 in this version")
+    if stage == 0:
+        rule = "be 1 or more unless train.precision=fp32: ZeRO-0 is the fp32 reference"
+        require(precision is Precision.fp32, "parallel.zero_stage", stage, rule)
+    method = parallel.pipeline_partition
+    require(
+        method in ("parameters", "uniform") or method.startswith("type:"),
+        "parallel.pipeline_partition",
+        method,
+        "be parameters, uniform or type:REGEX",
+    )
+
+
+def check_engine(config: EngineConfig) -> None:
+    """The rules that every training verb shares."""
+    train, optimizer, schedule = config.train, config.optimizer, config.schedule
+    for name in ("num_steps", "global_batch_size", "micro_batch_size", "sequence_length"):
+        positive(f"train.{name}", getattr(train, name))
+    positive("train.clip_grad_norm", train.clip_grad_norm, allow_zero=True)
+    require(
+        train.global_batch_size % train.micro_batch_size == 0,
+        "train.global_batch_size",
+        train.global_batch_size,
+        f"be divisible by train.micro_batch_size={train.micro_batch_size}",
+    )
+    check_parallel(config.parallel, train.precision)
+    positive("optimizer.lr", optimizer.lr)
+    positive("optimizer.eps", optimizer.eps)
+    positive("optimizer.weight_decay", optimizer.weight_decay, allow_zero=True)
+    share("optimizer.beta1", optimizer.beta1, high_open=True)
+    share("optimizer.beta2", optimizer.beta2, high_open=True)
+    for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
+        share(f"schedule.{name}", getattr(schedule, name))
+    positive("checkpoint.interval", config.checkpoint.interval)
+    positive("checkpoint.keep_last", config.checkpoint.keep_last, allow_zero=True)
+    require(
+        config.checkpoint.resume in ("auto", "never"), "checkpoint.resume", config.checkpoint.resume, "be auto or never"
+    )
+    positive("evaluation.interval", config.evaluation.interval, allow_zero=True)
+    positive("logging.interval", config.logging.interval)
+    positive("logging.peak_tflops", config.logging.peak_tflops)
+    check_deepspeed(config.deepspeed)
+
+
+def check_deepspeed(section: dict[str, Any]) -> None:
+    """The pass-through section may not set what megakor sets."""
+    for key, ours in OWNED_DEEPSPEED_KEYS.items():
+        require(key not in section, f"deepspeed.{key}", section.get(key), f"be left out: megakor sets it from {ours}")
+    stage = section.get("zero_optimization", {}).get("stage")
+    rule = "be left out: megakor sets it from parallel.zero_stage"
+    require(stage is None, "deepspeed.zero_optimization.stage", stage, rule)
+    partitioned = section.get("pipeline", {}).get("pipe_partitioned")
+    rule = "be left out: megakor keeps it off, since it would corrupt sequence-parallel activations"
+    require(partitioned is None, "deepspeed.pipeline.pipe_partitioned", partitioned, rule)
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    check_engine(config)
+    check_model(config.model)
+    stages, layers = config.parallel.pipeline_parallel_size, config.model.num_hidden_layers
+    rule = f"be at most model.num_hidden_layers={layers}"
+    require(stages <= layers, "parallel.pipeline_parallel_size", stages, rule)
+    longest = config.model.max_position_embeddings
+    rule = f"be at most model.max_position_embeddings={longest}"
+    require(config.train.sequence_length <= longest, "train.sequence_length", config.train.sequence_length, rule)
+
+
+def check_pairs(pairs: PairsConfig) -> None:
+    share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
+    positive("pairs.max_pairs", pairs.max_pairs)
+
+
+def check_instruct(config: InstructConfig) -> None:
+    check_engine(config)
+    check_pairs(config.pairs)
+
+
+def check_corpus(config: CorpusConfig) -> None:
+    share("heldout_ratio", config.heldout_ratio, low_open=True, high_open=True)
+    positive("max_bytes", config.max_bytes)
+
+
+def check_train_tokenizer(config: TrainTokenizerConfig) -> None:
+    require(bool(config.inputs), "inputs", config.inputs, "name at least one file or glob")
+    positive("vocab_size", config.vocab_size)
+    positive("max_bytes", config.max_bytes)
+    positive("num_threads", config.num_threads)
+    share("character_coverage", config.character_coverage, low_open=True)
+
+
+def check_shard(config: ShardConfig) -> None:
+    require(bool(config.inputs), "inputs", config.inputs, "name at least one file or glob")
+    positive("shard_size", config.shard_size)
+    positive("num_workers", config.num_workers)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    positive("micro_batch_size", config.micro_batch_size)
+
+
+def check_generate(config: GenerateConfig) -> None:
+    given = [name for name in ("prompt", "question") if getattr(config, name) is not None]
+    require(len(given) == 1, "prompt, question", given, "be given one of the two")
+    require(not config.context or config.question is not None, "context", config.context, "come with a question")
+    positive("max_new_tokens", config.max_new_tokens)
+    positive("temperature", config.temperature, allow_zero=True)
+    positive("num_samples", config.num_samples)
+    share("top_p", config.top_p, low_open=True)
+
+
+def check_demo(config: DemoConfig) -> None:
+    size = config.pipeline_parallel_size
+    require(size in (1, 2), "pipeline_parallel_size", size, "be 1 or 2: the demo runs two processes")
+    for name in ("max_bytes", "vocab_size", "num_steps", "instruct_steps"):
+        positive(name, getattr(config, name))
+    run = Path(config.run).resolve()
+    require(run not in (Path.cwd(), *Path.cwd().parents), "run", config.run, "be a folder of its own")
+
+
+CHECKS = {
+    CorpusConfig: check_corpus,
+    TrainTokenizerConfig: check_train_tokenizer,
+    ShardConfig: check_shard,
+    PretrainConfig: check_pretrain,
+    InstructConfig: check_instruct,
+    EvaluateConfig: check_evaluate,
+    GenerateConfig: check_generate,
+    DemoConfig: check_demo,
+}
+
+
+def check(config: Any) -> None:
+    """Raise `ValueError` on the first rule that the configuration breaks."""
+    rules = CHECKS.get(type(config))
+    if rules is not None:
+        rules(config)

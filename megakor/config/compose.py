@@ -1,0 +1,248 @@
+"""From a command line to a checked configuration object, and from errors to one line.
+
+    main(verb, run):  argv ─► quoted overrides ─► Hydra ─► dataclasses ─► checks ─► run(config)
+
+Hydra's lexer rejects Hangul and some bare words, so values are quoted for it first. Hydra leaves no traces: no run
+folder, no `.hydra`, no change of directory, no loggers of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megakor.config.checks import check
+from megakor.config.verbs import VERBS
+
+QUIET_HYDRA = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+def config_folder() -> Path:
+    """The folder of the shipped YAML: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parents[1]
+    beside = package.parent / "configs"
+    return beside if (beside / "pretrain.yaml").is_file() else package / "configs"
+
+
+def register_schemas() -> None:
+    """Make every verb's schema known to Hydra, under `<verb>_schema`."""
+    for verb in VERBS.values():
+        ConfigStore.instance().store(name=f"{verb.name}_schema", node=verb.schema)
+
+
+def field_of(schema: type, dotted: str) -> dataclasses.Field[Any] | None:
+    """The field that a dotted key names; None where it names none."""
+    found: dataclasses.Field[Any] | None = None
+    current: Any = schema
+    for part in dotted.split("."):
+        if not dataclasses.is_dataclass(current):
+            return None
+        found = {field.name: field for field in dataclasses.fields(current)}.get(part)
+        if found is None:
+            return None
+        current = typing.get_type_hints(current)[part]
+    return found
+
+
+def field_type(schema: type, dotted: str) -> Any:
+    """The type of the field that a dotted key names; None where it names none."""
+    current: Any = schema
+    for part in dotted.split("."):
+        if not dataclasses.is_dataclass(current):
+            return None
+        current = typing.get_type_hints(current).get(part)
+    return current
+
+
+def quoted(text: str) -> str:
+    """A Hydra string literal."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if text else "''"
+
+
+def quote_override(argument: str, schema: type, multirun: bool) -> str:
+    """Quote a `key=value` argument for Hydra where its lexer needs it; other arguments pass unchanged.
+
+    A string field takes its value as it is, whatever it contains; a list field takes one bare value as a list of one.
+    """
+    name, equals, value = argument.partition("=")
+    if not equals or name.startswith(("-", "hydra")):
+        return argument
+    kind = field_type(schema, name.lstrip("+~"))
+    already = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
+    if already or value.startswith("${"):
+        return argument
+    if typing.get_origin(kind) is list:
+        if value.startswith("[") and value.endswith("]"):
+            items = [item.strip() for item in value[1:-1].split(",") if item.strip()]
+            items = [item if item[:1] in ("'", '"') else quoted(item) for item in items]
+            return f"{name}=[{','.join(items)}]"
+        return f"{name}={value if value == 'null' else '[' + quoted(value) + ']'}"
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if str in members and not (multirun and "," in value) and value != "null":
+        return f"{name}={quoted(value)}"
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+        if multirun or not parsed.is_sweep_override():
+            return argument
+    except HydraException:
+        pass
+    return f"{name}={quoted(value)}"
+
+
+@dataclasses.dataclass
+class Arguments:
+    """The command line, sorted."""
+
+    hydra: list[str]
+    debug: bool = False
+    help: bool = False
+
+
+def sort_arguments(arguments: list[str], schema: type) -> Arguments:
+    """Take our own flags and the launcher's `--local_rank` out of a command line and quote the overrides."""
+    sorted_ = Arguments(hydra=list(QUIET_HYDRA))
+    multirun = bool({"-m", "--multirun"} & set(arguments))
+    if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--multirun cannot run under a launcher: every process would start every run")
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag = argument.partition("=")[0].replace("-", "_")
+        if flag == "__local_rank":
+            if "=" not in argument:
+                next(waiting, None)
+        elif argument == "--debug":
+            sorted_.debug = True
+        elif argument in ("-h", "--help"):
+            sorted_.help = True
+        elif "=" not in argument and not argument.startswith("-"):
+            # Hydra's own options take values without `=` (`--cfg job`); those words pass, others are mistakes.
+            if argument not in ("job", "hydra", "defaults", "config", "plugins", "searchpath", "defaults_tree"):
+                raise ValueError(f"argument {argument!r} must be of the form key=value")
+            sorted_.hydra.append(argument)
+        else:
+            sorted_.hydra.append(quote_override(argument, schema, multirun))
+    return sorted_
+
+
+def missing_keys(config: DictConfig, schema: type) -> list[str]:
+    """`key (help text)` of every mandatory value that was not given."""
+    result = []
+    for dotted in sorted(OmegaConf.missing_keys(config)):
+        field = field_of(schema, dotted)
+        result.append(f"{dotted} ({field.metadata['help']})" if field else dotted)
+    return result
+
+
+def unknown_key(name: str, schema: type) -> str:
+    """What is wrong with a key that no field has, and the nearest ones that exist."""
+    near = difflib.get_close_matches(name, known_keys(schema), n=3)
+    return f"unknown key {name}: must be one of those that --help lists" + (f"; nearest: {', '.join(near)}" if near else "")
+
+
+def refuse_unknown(config: DictConfig, schema: type, prefix: str = "") -> None:
+    """Raise on a key that a YAML file or `+key=value` added beyond the schema."""
+    hints = typing.get_type_hints(schema)
+    for name in config:
+        if name not in hints:
+            raise ValueError(unknown_key(f"{prefix}{name}", schema))
+        if dataclasses.is_dataclass(hints[name]):
+            refuse_unknown(config[name], typing.cast(type, hints[name]), f"{prefix}{name}.")
+
+
+def to_object(config: DictConfig, schema: type) -> Any:
+    """The composed configuration as a checked instance of its schema."""
+    refuse_unknown(config, schema)
+    missing = missing_keys(config, schema)
+    if missing:
+        raise ValueError("missing " + "; ".join(missing))
+    instance = OmegaConf.to_object(config)
+    check(instance)
+    return instance
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema."""
+    keys = []
+    for field in dataclasses.fields(schema):
+        kind = typing.get_type_hints(schema)[field.name]
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(kind):
+            keys += known_keys(typing.cast(type, kind), f"{prefix}{field.name}.")
+    return keys
+
+
+def one_line(error: BaseException, arguments: list[str], schema: type) -> str:
+    """An error as one line; an unknown key comes with the nearest known ones."""
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        for argument in arguments:
+            name = argument.partition("=")[0].lstrip("+~")
+            if "=" in argument and not name.startswith("-") and field_type(schema, name) is None:
+                groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+                open_section = any(
+                    typing.get_origin(field_type(schema, name.rsplit(".", depth)[0])) is dict
+                    for depth in range(1, name.count(".") + 1)
+                )
+                if name not in groups and not name.startswith("hydra") and not open_section:
+                    return unknown_key(name, schema)
+        text = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
+        text = text.partition("Config search path")[0]
+    else:
+        text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("reference_type=", "object_type=", "full_key:", "^"))]
+    return "; ".join(lines).replace(":;", ":") or type(error).__name__
+
+
+def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = None) -> None:
+    """Run a verb on the command line's configuration. Errors of the user's end in one line and exit status 1.
+
+    Args:
+        name: the verb.
+        run: called with the checked configuration.
+        arguments: the command line; None: `sys.argv`.
+    """
+    verb = VERBS[name]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and errors are told here
+    register_schemas()
+    debug = "--debug" in arguments
+    try:
+        sorted_ = sort_arguments(arguments, verb.schema)
+        if sorted_.help:
+            from megakor.config.help import print_help
+
+            return print_help(verb, sorted_.hydra)
+
+        composed: list[DictConfig] = []  # one, or several under --multirun
+        sys.argv = [verb.module, *sorted_.hydra]
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed.append)()
+        for config in [to_object(config, verb.schema) for config in composed]:
+            run(config)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"megakor {name}: error: {one_line(error, arguments, verb.schema)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

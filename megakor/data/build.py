@@ -1,0 +1,331 @@
+"""Text becomes shards: one reader, several tokenising processes, one writer, the same bytes for any number of them.
+
+    read_documents ─► chunks ─► tokenise (processes) ─► shard-00000.{bin,idx,json} … ─► manifest.json
+
+Results are taken in the reader's order, so the documents of a shard depend on the text, the tokenizer and `shard_size`
+alone. A shard is closed at the first document that brings it to `shard_size` tokens, and `shard-NNNNN.json`, its
+record, is written after its files. A run that died is started again by the same command: shards with a record are
+kept, their documents are read again and compared by hash, and the work goes on at the first missing one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megakor.config.schema import ShardConfig
+from megakor.corpus.reader import Document, ReadCounts, read_documents
+from megakor.corpus.text import normalize
+from megakor.data.indexed import IndexedWriter, dtype_for
+from megakor.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    check_shard,
+    load_manifest,
+    shard_entry,
+    write_json,
+    write_manifest,
+)
+from megakor.logs import Progress, get_logger, progress
+
+CHUNK_CHARACTERS = 1 << 17  # text sent to a process at a time: large enough to hide its cost, small enough to share out
+CHUNK_DOCUMENTS = 1024
+CHUNKS_PER_WORKER = 4  # chunks on their way; with the sizes above this bounds the memory
+MAX_SOURCES = 100  # names kept in a shard's entry; a source may be as fine as an address of each document
+
+logger = get_logger(__name__)
+
+
+class TokenizerLike(Protocol):
+    """What a tokenizer must offer here; it is pickled into the processes."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eod_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class TokenisedChunk:
+    """Several documents' tokens laid end to end, each closed by the end-of-document token."""
+
+    tokens: np.ndarray  # [sum of lengths], of the shards' type
+    lengths: list[int]  # tokens of each document
+    num_bytes: list[int]  # UTF-8 bytes of each document's normal form
+    num_replaced: list[int]  # characters U+2581 in each document
+    digests: list[bytes]  # SHA-256 of each document's text as read
+
+
+def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
+    """Tokenise `config.inputs` into shards under `config.out`, or finish what an earlier run began there.
+
+    ValueError when `out` holds shards of another tokenizer, shard size or text; nothing there is touched then.
+    """
+    for name in ("shard_size", "num_workers"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    dtype = dtype_for(tokenizer.vocab_size)
+    if dtype.itemsize > 2:
+        logger.info("vocab_size=%d is past 65,536: tokens are written as %s", tokenizer.vocab_size, dtype)
+    empty = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, dtype.name, config.shard_size)
+    out = Path(config.out)
+    finished = _finished_shards(out, empty)
+    damaged = _record_path(out, len(finished)).exists()
+    built = (out / MANIFEST_NAME).is_file() and not damaged
+
+    counts = ReadCounts()
+    documents = read_documents(
+        config.inputs, text_key=config.text_key, id_key=config.id_key, on_error=config.on_error, counts=counts
+    )
+    documents = _skip(documents, finished, out)
+    following = next(documents, None)
+    if following is None and finished and built:
+        logger.info("%s: already built, %d shards are as these inputs make them", out, len(finished))
+        return load_manifest(out)
+    if following is not None and finished and (built or finished[-1].num_tokens < config.shard_size):
+        raise ValueError(f"out={out} holds the shards of other inputs, which end earlier; remove it or name another")
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)  # not whole until a damaged shard is made again
+    if finished:
+        logger.info("%s: %d finished shards are kept", out, len(finished))
+    shards = list(finished)
+    if following is not None:
+        shards += _write_shards(itertools.chain([following], documents), config, tokenizer, empty, len(finished))
+    manifest = Manifest(**{**vars(empty), "shards": shards})
+    write_manifest(out, manifest)
+    logger.info(
+        "%s: %d shards, %d documents, %d tokens from %d bytes of text; left out: %d empty documents, %d bad records; "
+        "%d characters U+2581 replaced",
+        out,
+        len(shards),
+        manifest.num_documents,
+        manifest.num_tokens,
+        manifest.num_text_bytes,
+        counts.empty,
+        counts.skipped,
+        sum(shard.num_replaced for shard in shards),
+    )
+    return manifest
+
+
+# ------------------------------------------------------------------------------------------------- what is there
+
+
+def _record_path(out: Path, index: int) -> Path:
+    return out / f"shard-{index:05d}.json"
+
+
+def _job(manifest: Manifest) -> dict[str, object]:
+    """What must be equal for a finished shard to belong to this run."""
+    return {name: value for name, value in vars(manifest).items() if name != "shards"}
+
+
+def _finished_shards(out: Path, empty: Manifest) -> list[ShardEntry]:
+    """The entries of the shards that are whole, from the first up to the first that is not."""
+    finished: list[ShardEntry] = []
+    while (path := _record_path(out, len(finished))).is_file():
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            job, entry = record["job"], shard_entry(record["shard"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: is no record of a shard: {error!r}") from error
+        for name, value in _job(empty).items():
+            if job.get(name) != value:
+                raise ValueError(
+                    f"out={out} holds shards with {name}={job.get(name)}, must be {value} to go on; "
+                    "remove it or name another"
+                )
+        try:
+            check_shard(out, entry, empty.dtype)
+        except ValueError as error:
+            logger.warning("%s; it is made again", error)
+            break
+        finished.append(entry)
+    if not finished and (out / MANIFEST_NAME).exists() and not _record_path(out, 0).exists():
+        raise ValueError(f"out={out} holds a {MANIFEST_NAME} of other origin; name another folder")
+    return finished
+
+
+def _skip(documents: Iterator[Document], finished: list[ShardEntry], out: Path) -> Iterator[Document]:
+    """Read past the documents of the finished shards, making sure that they are the same."""
+    for entry in finished:
+        digest = hashlib.sha256()
+        for document in itertools.islice(documents, entry.num_documents):
+            digest.update(hashlib.sha256(document.text.encode()).digest())
+        if digest.hexdigest() != entry.text_sha256:
+            raise ValueError(f"out={out}: {entry.prefix} was made from other inputs; remove {out} or name another")
+    return documents
+
+
+# ------------------------------------------------------------------------------------------------- the work
+
+
+def _write_shards(
+    documents: Iterable[Document], config: ShardConfig, tokenizer: TokenizerLike, empty: Manifest, first: int
+) -> list[ShardEntry]:
+    """Tokenise in processes, write shards `first` and up; their entries. Holds one open shard and a few chunks."""
+    entries: list[ShardEntry] = []
+    shard: _OpenShard | None = None
+    tokenised = _tokenise(documents, tokenizer, empty.dtype, config.num_workers)
+    try:
+        bar: Progress[None]
+        with progress(unit="tokens", description="shard") as bar:
+            for sources, chunk in tokenised:
+                start = 0
+                for document, source in enumerate(sources):
+                    shard = shard or _OpenShard(Path(config.out), first + len(entries), empty)
+                    end = start + chunk.lengths[document]
+                    shard.add(chunk, document, chunk.tokens[start:end], source)
+                    if shard.writer.num_tokens >= config.shard_size:
+                        entries.append(shard.close())
+                        shard = None
+                    start = end
+                bar.update(len(chunk.tokens))
+        if shard is not None:
+            entries.append(shard.close())
+            shard = None
+    finally:
+        tokenised.close()
+        if shard is not None:
+            shard.writer.abort()
+    return entries
+
+
+class _OpenShard:
+    """The shard being written."""
+
+    def __init__(self, out: Path, index: int, empty: Manifest) -> None:
+        self.record = _record_path(out, index)
+        self.job = _job(empty)
+        self.writer = IndexedWriter(self.record.with_suffix(""), np.dtype(empty.dtype))
+        self.num_bytes = 0
+        self.num_replaced = 0
+        self.digest = hashlib.sha256()
+        self.sources: dict[str, None] = {}  # an ordered set
+
+    def add(self, chunk: TokenisedChunk, document: int, tokens: np.ndarray, source: str) -> None:
+        """Append the chunk's document with that index, whose tokens these are."""
+        self.writer.add_document(tokens)
+        self.num_bytes += chunk.num_bytes[document]
+        self.num_replaced += chunk.num_replaced[document]
+        self.digest.update(chunk.digests[document])
+        if len(self.sources) < MAX_SOURCES:
+            self.sources[source] = None
+
+    def close(self) -> ShardEntry:
+        """Files first, then the record: a shard with a record is whole."""
+        self.record.unlink(missing_ok=True)
+        entry = ShardEntry(
+            prefix=self.record.stem,
+            num_tokens=self.writer.num_tokens,
+            num_documents=self.writer.num_documents,
+            num_bytes=self.num_bytes,
+            num_replaced=self.num_replaced,
+            text_sha256=self.digest.hexdigest(),
+            files=self.writer.close(),
+            sources=sorted(self.sources),
+        )
+        write_json(self.record, {"job": self.job, "shard": asdict(entry)})
+        return entry
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    characters = 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _tokenise(
+    documents: Iterable[Document], tokenizer: TokenizerLike, dtype: str, num_workers: int
+) -> Generator[tuple[list[str], TokenisedChunk], None, None]:
+    """Each chunk's sources and tokens, in the reader's order, with a bounded number of chunks on their way."""
+    spawn = multiprocessing.get_context("spawn")  # fork would copy the threads' locks of whoever calls
+    pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(tokenizer, dtype))
+    pending: deque[tuple[list[str], Future[TokenisedChunk]]] = deque()
+    try:
+        for chunk in _chunks(documents):
+            sources, texts = [document.source for document in chunk], [document.text for document in chunk]
+            pending.append((sources, pool.submit(_tokenise_chunk, texts)))
+            if len(pending) >= CHUNKS_PER_WORKER * num_workers:
+                sources, future = pending.popleft()
+                yield sources, future.result()
+        while pending:
+            sources, future = pending.popleft()
+            yield sources, future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"num_workers={num_workers}: a tokenising process died (out of memory?); "
+            "finished shards are kept, the same command goes on from them"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------------- in the processes
+
+# The tokenizer of this process and the tokens' type. A pool's initializer has nowhere else to leave them.
+_worker: tuple[TokenizerLike, np.dtype] | None = None
+
+
+def _start_worker(tokenizer: TokenizerLike, dtype: str) -> None:
+    global _worker
+    _worker = (tokenizer, np.dtype(dtype))
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A pool's processes wait for ever when the one that started them was killed; these do not."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _tokenise_chunk(texts: list[str]) -> TokenisedChunk:
+    assert _worker is not None
+    tokenizer, dtype = _worker
+    ids: list[int] = []
+    lengths, num_bytes, num_replaced, digests = [], [], [], []
+    for text in texts:
+        normal, replaced = normalize(text)
+        before = len(ids)
+        ids.extend(tokenizer.encode(normal))
+        ids.append(tokenizer.eod_id)
+        lengths.append(len(ids) - before)
+        num_bytes.append(len(normal.encode()))
+        num_replaced.append(replaced)
+        digests.append(hashlib.sha256(text.encode()).digest())
+    wide = np.array(ids, dtype=np.int64)
+    if wide.min() < 0 or wide.max() >= tokenizer.vocab_size:
+        raise ValueError(
+            f"ids {wide.min()} … {wide.max()} must be below the tokenizer's vocab_size={tokenizer.vocab_size}"
+        )
+    return TokenisedChunk(wide.astype(dtype), lengths, num_bytes, num_replaced, digests)

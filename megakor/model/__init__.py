@@ -1,0 +1,1 @@
+"""GPT-NeoX as plain PyTorch: blocks, their canonical parameter names and initial values, and the loss."""

@@ -1,0 +1,19 @@
+"""Floating-point operations of training, for MFU."""
+
+from __future__ import annotations
+
+from megakor.config.schema import ModelConfig
+from megakor.model.parameters import num_parameters
+
+
+def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Model FLOPs of one token's forward and backward pass: 6N + 12·L·H·Q·T (PaLM, Chowdhery et al. 2022, appendix B).
+
+    N leaves out the input embedding, a look-up; the attention term counts the whole square, as PaLM does.
+    Recomputation is not counted.
+    """
+    assert config.vocab_size is not None
+    parameters = num_parameters(config)
+    if not config.tie_word_embeddings:
+        parameters -= config.vocab_size * config.hidden_size
+    return 6.0 * parameters + 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length

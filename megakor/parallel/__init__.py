@@ -1,0 +1,1 @@
+"""The layout of ranks, and the model cut to it."""

@@ -1,0 +1,1 @@
+"""Training: the engine, the step loop, the schedule, the optimizers and the metrics."""

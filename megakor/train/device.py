@@ -1,0 +1,84 @@
+"""The device that a rank computes on: the one place that asks what the machine has.
+
+DeepSpeed's accelerator abstraction names the device; nothing else in megakor does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from megakor.config.schema import Precision
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def is_cpu() -> bool:
+    return device().type == "cpu"
+
+
+def check_precision(precision: Precision) -> None:
+    """Raise where this device cannot train in a precision."""
+    if precision is Precision.fp16 and is_cpu():
+        raise ValueError(
+            "train.precision=fp16 must be bf16 or fp32 on a CPU: DeepSpeed has no loss-scaled fp16 training there"
+        )
+    if precision is Precision.bf16 and not get_accelerator().is_bf16_supported():
+        raise ValueError("train.precision=bf16 must be fp16 or fp32 on this device: it has no bf16 arithmetic")
+
+
+def start_process_group(timeout_minutes: float = 30.0) -> None:
+    """Join the run's process group; every rank calls. Without a launcher the process is a group of one.
+
+    On CPUs the ranks of a node share its cores, unless OMP_NUM_THREADS says otherwise.
+    """
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+    if is_cpu() and "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "gloo" if is_cpu() else get_accelerator().communication_backend_name()
+    timeout = timedelta(minutes=timeout_minutes)
+    if alone:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def end_process_group() -> None:
+    """Leave the process group cleanly; every rank calls."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def measure_peak_tflops(precision: Precision, seconds: float = 0.5, size: int = 1024) -> float:
+    """Matmul rate of all ranks together, TFLOP/s; every rank calls, and all measure at once.
+
+    The best of square matmuls of `size` on CPUs and 8 × `size` elsewhere, in the run's arithmetic.
+    """
+    side = size if is_cpu() else 8 * size
+    left = torch.randn(side, side, device=device(), dtype=DTYPES[precision])
+    right = torch.randn(side, side, device=device(), dtype=DTYPES[precision])
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    dist.barrier()
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        left @ right
+        get_accelerator().synchronize()
+        best = min(best, time.perf_counter() - start)
+    rate = torch.tensor([2.0 * side**3 / best / 1e12], device=device())
+    dist.all_reduce(rate)
+    return rate.item()

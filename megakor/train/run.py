@@ -1,0 +1,128 @@
+"""The start of a training run: process group, layout, run folder, and what a run may go on from.
+
+Every rank calls what is here, in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from megakor.checkpoint.format import CheckpointManifest, committed
+from megakor.checkpoint.reader import newest_whole
+from megakor.config.schema import EngineConfig, ModelConfig
+from megakor.logs import get_logger
+from megakor.parallel.dims import ParallelDims
+from megakor.tokenizer.tokenizer import Tokenizer
+from megakor.train.device import check_precision, end_process_group, start_process_group
+
+log = get_logger(__name__)
+
+CONFIG = "config.yaml"
+
+
+def plain(value: Any) -> Any:
+    """A configuration as plain dicts, lists and scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return result
+
+
+def check_same_everywhere(resolved: dict[str, Any]) -> None:
+    """Raise on every rank when any rank's configuration differs from rank 0's, naming the keys."""
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, flat(resolved))
+    for rank, other in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | other.keys()):
+            first, theirs = everyone[0].get(key), other.get(key)
+            if first != theirs:
+                raise ValueError(f"{key}={theirs} on rank {rank} must equal rank 0's, {first}")
+
+
+@contextmanager
+def process_group(config: EngineConfig) -> Iterator[ParallelDims]:
+    """The run's process group and layout; a clean end on success, so that no rank aborts at exit."""
+    check_precision(config.train.precision)
+    start_process_group()
+    dims = ParallelDims.from_config(config.parallel, dist.get_world_size())
+    check_same_everywhere(plain(config))
+    yield dims
+    dist.barrier()
+    end_process_group()
+
+
+def open_run(config: EngineConfig, tokenizer: Tokenizer) -> Path:
+    """Make the run folder and put the resolved configuration and the tokenizer into it."""
+    run = Path(config.run)
+    used = (run / CONFIG).is_file()
+    dist.barrier()  # every rank has looked before rank 0 writes
+    if config.checkpoint.resume == "never" and used:
+        raise ValueError(f"run={run} must be a new folder with checkpoint.resume=never")
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / CONFIG).write_text(yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False), encoding="utf-8")
+        if (run / "tokenizer").resolve() != tokenizer.folder.resolve():
+            shutil.copytree(tokenizer.folder, run / "tokenizer", dirs_exist_ok=True)
+    dist.barrier()
+    return run
+
+
+def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
+    """The architecture with its number of embedding rows.
+
+    Raises:
+        ValueError: fewer rows than the tokenizer has tokens.
+    """
+    rows, multiple = model.vocab_size, model.make_vocab_size_divisible_by
+    if rows is None:
+        rows = math.ceil(num_tokens / multiple) * multiple
+    if rows < num_tokens:
+        raise ValueError(f"model.vocab_size={rows} must be at least the tokenizer's vocabulary, {num_tokens}")
+    return dataclasses.replace(model, vocab_size=rows)
+
+
+def resume_point(run: Path) -> Path | None:
+    """The checkpoint to go on from: rank 0 looks for the newest whole one, all ranks get the same answer."""
+    found: list[Path | None] = [newest_whole(run, contents=True) if dist.get_rank() == 0 else None]
+    if dist.get_rank() == 0 and found[0] is None and committed(run):
+        found = [Path()]
+    dist.broadcast_object_list(found)
+    if found[0] == Path():
+        raise ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")
+    return found[0]
+
+
+def check_continues(manifest: CheckpointManifest, model: ModelConfig, fingerprint: str, data: dict[str, Any]) -> None:
+    """Raise unless a checkpoint is of this model, tokenizer and data; every difference is named."""
+    expected = {"tokenizer": fingerprint, "model": plain(model), "data": data}
+    there = {"tokenizer": manifest.tokenizer_fingerprint, "model": manifest.model, "data": manifest.data}
+    ours, theirs = flat(expected), flat(there)
+    differences = [
+        f"{key}={ours.get(key)} must be {theirs.get(key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differences:
+        raise ValueError("; ".join(differences) + f": the run goes on from its checkpoint of step {manifest.step}")
+

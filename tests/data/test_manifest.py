@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megakor.data.manifest import MANIFEST_NAME, load_manifest, verify_manifest
+from tests.data.tokens import write_shards
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(tmp_path, [[[1, 2, 3], [4, 5]], [[6, 7]]])
+    return tmp_path
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    path = folder / MANIFEST_NAME
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_counts_and_round_trip(folder: Path) -> None:
+    manifest = verify_manifest(folder)
+    assert (manifest.num_tokens, manifest.num_documents, manifest.num_text_bytes) == (7, 3, 20)
+    assert manifest.sources == ["test"]
+    raw = json.loads((folder / MANIFEST_NAME).read_text())
+    assert (raw["num_tokens"], raw["version"], raw["eod_id"]) == (7, 1, 0)
+
+
+def test_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
+    shards = {
+        "a": [[[1, 2, 3]]],
+        "same": [[[1, 2, 3]]],
+        "other": [[[1, 2, 4]]],
+        "cut": [[[1, 2]], [[3]]],
+    }
+    fingerprints = {}
+    for name, documents in shards.items():
+        (tmp_path / name).mkdir()
+        fingerprints[name] = write_shards(tmp_path / name, documents).fingerprint()
+    assert fingerprints["a"] == fingerprints["same"] == load_manifest(tmp_path / "a").fingerprint()
+    assert len(set(fingerprints.values())) == 3
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json: not there; `megakor shard"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.bin", "shard-00000.idx"])
+def test_truncated_shard(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{name}: size=\d+, must be \d+ bytes.*truncated"):
+        load_manifest(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{name}: missing"):
+        load_manifest(folder)
+
+
+def test_changed_shard(folder: Path) -> None:
+    (folder / "shard-00001.bin").write_bytes(b"\x09\x00\x09\x00")
+    load_manifest(folder)  # same size
+    with pytest.raises(ValueError, match=r"shard-00001\.bin: sha256="):
+        verify_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../shard-00001", "/etc/shard-00001", "a/../../shard-00001", ""])
+def test_names_outside_the_folder(folder: Path, name: str) -> None:
+    edit(folder, "shard-00001", name)
+    with pytest.raises(ValueError, match=r"manifest\.json.*must (stay inside|list its)"):
+        load_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"version": 1', '"version": 2', "version=2 must be 1"),
+        ('"eod_id"', '"eod"', "eod_id"),
+        ('"num_tokens": 2', '"num_tokens": 3', "size=4 must be 6 for 3 tokens"),
+        ("{", "", "is no manifest"),
+    ],
+)
+def test_malformed(folder: Path, old: str, new: str, message: str) -> None:
+    edit(folder, old, new)
+    with pytest.raises(ValueError, match=message):
+        load_manifest(folder)
+
+
+def test_tokenizer_of_the_shards(folder: Path) -> None:
+    manifest = load_manifest(folder)
+    manifest.check_tokenizer("fingerprint")
+    with pytest.raises(ValueError, match=r"data\.tokenizer: fingerprint=another"):
+        manifest.check_tokenizer("another")
