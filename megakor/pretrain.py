@@ -33,11 +33,11 @@ def run(config: PretrainConfig) -> None:
         checkpoint = resume_point(folder)
         with ExitStack() as stack:
             values: Values = SeededValues(model, size.seed)
+            first_step = 0
             if checkpoint is not None:
-                saved = stack.enter_context(CheckpointValues(checkpoint))
-                check_continues(saved.manifest, model, tokenizer.fingerprint, stream.state())
-                values = saved
-            first_step = values.num_steps
+                values = saved = stack.enter_context(CheckpointValues(checkpoint))
+                check_continues(saved.manifest, config, model, tokenizer.fingerprint, stream.state())
+                first_step = saved.manifest.step
             engine = Engine(config, model, tokenizer.vocab_size, dims, values)
         train(Training(config, folder, engine, stream, heldout, tokenizer.fingerprint, first_step))
 

@@ -51,7 +51,7 @@ class CheckpointManifest:
         num_tokens: the true vocabulary.
         model: fields of `ModelConfig`, `vocab_size` resolved.
         tokenizer_fingerprint: SHA-256 of the tokenizer's model.
-        optimizer: its name and the settings of its parameter groups.
+        optimizer: its name, its number of updates, the settings of its parameter groups, the loss scale.
         data: the stream's identity; with `step` it fixes every batch to come.
         train: the resolved configuration of the run.
         files: by name.

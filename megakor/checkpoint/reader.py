@@ -49,8 +49,12 @@ class CheckpointValues:
         self.stack.close()
 
     @property
-    def num_steps(self) -> int:
-        return self.manifest.step if self.with_optimizer else 0
+    def optimizer_steps(self) -> int:
+        return self.manifest.optimizer["steps"] if self.with_optimizer else 0
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        return self.manifest.optimizer["loss_scale"] if self.with_optimizer else None
 
     def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a flattened fp32 parameter."""

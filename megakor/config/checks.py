@@ -146,15 +146,20 @@ def check_deepspeed(section: dict[str, Any]) -> None:
     require(partitioned is None, "deepspeed.pipeline.pipe_partitioned", partitioned, rule)
 
 
-def check_pretrain(config: PretrainConfig) -> None:
-    check_engine(config)
-    check_model(config.model)
-    stages, layers = config.parallel.pipeline_parallel_size, config.model.num_hidden_layers
+def check_fit(config: EngineConfig, model: ModelConfig) -> None:
+    """The rules between a run and its model; instruction tuning learns the model from its base checkpoint."""
+    check_model(model)
+    stages, layers = config.parallel.pipeline_parallel_size, model.num_hidden_layers
     rule = f"be at most model.num_hidden_layers={layers}"
     require(stages <= layers, "parallel.pipeline_parallel_size", stages, rule)
-    longest = config.model.max_position_embeddings
+    longest = model.max_position_embeddings
     rule = f"be at most model.max_position_embeddings={longest}"
     require(config.train.sequence_length <= longest, "train.sequence_length", config.train.sequence_length, rule)
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    check_engine(config)
+    check_fit(config, config.model)
 
 
 def check_pairs(pairs: PairsConfig) -> None:

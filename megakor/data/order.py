@@ -28,39 +28,38 @@ def sample_ids(seed: int, num_samples: int, start: int, count: int) -> np.ndarra
         raise ValueError(f"num_samples={num_samples} must be in 1 … {MAX_SAMPLES}")
     if start < 0 or count < 0:
         raise ValueError(f"start={start} and count={count} must not be negative")
-    ids = np.empty(count, dtype=np.int64)
-    done = 0
-    while done < count:
-        epoch, first = divmod(start + done, num_samples)
-        length = min(count - done, num_samples - first)
-        positions = np.arange(first, first + length, dtype=np.uint64)
-        ids[done : done + length] = _permute(positions, num_samples, _round_keys(seed, epoch))
-        done += length
-    return ids
+    first_epoch, first = divmod(start, num_samples)
+    positions = np.arange(first, first + count, dtype=np.uint64)
+    epochs, positions = np.divmod(positions, np.uint64(num_samples))
+    num_epochs = int(epochs[-1]) + 1 if count else 0
+    keys = [_round_keys(seed, first_epoch + epoch) for epoch in range(num_epochs)]
+    return _permute(positions, num_samples, np.array(keys, dtype=np.uint64), epochs.astype(np.intp)).astype(np.int64)
 
 
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
     digest = hashlib.sha512(f"megakor order {ORDER_VERSION} seed {seed} epoch {epoch}".encode()).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)  # [NUM_ROUNDS]
+    return np.frombuffer(digest, dtype="<u8")  # [NUM_ROUNDS]
 
 
-def _permute(values: np.ndarray, num_samples: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection on 0 … num_samples - 1 by cycle walking; the domain is below 4 × num_samples, so walks are short."""
+def _permute(values: np.ndarray, num_samples: int, keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """A bijection on 0 … num_samples - 1 by cycle walking; the domain is below 4 × num_samples, so walks are short.
+
+    `keys` [epochs, NUM_ROUNDS]; `epochs` [values] says which row is a value's own.
+    """
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
-    values = _feistel(values, half_bits, keys)
-    outside = np.flatnonzero(values >= num_samples)
+    outside = np.arange(len(values))
     while len(outside):
-        values[outside] = _feistel(values[outside], half_bits, keys)
+        values[outside] = _feistel(values[outside], half_bits, keys, epochs[outside])
         outside = outside[values[outside] >= num_samples]
     return values
 
 
-def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
+def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """A bijection on 0 … 4^half_bits - 1."""
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+    for number in range(NUM_ROUNDS):
+        left, right = right, left ^ (_mix(right ^ keys[epochs, number]) & mask)
     return (left << shift) | right
 
 

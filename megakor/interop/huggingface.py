@@ -1,9 +1,9 @@
 """Export: a checkpoint goes in, a Hugging Face folder comes out.
 
 The folder loads offline with `AutoModelForCausalLM` and `AutoTokenizer`: safetensors, `config.json`,
-`generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, a chat template where the run has one, a model card,
-and `megakor_export.json`, which names the source and lists the files. It is written aside, compared with its source and
-renamed, so a folder at `out` is whole and checked, or absent.
+`generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, a chat template where the run has one, a model
+card, and `megakor_export.json`, which holds the figures and lists the files. It is written aside, compared with its
+source and renamed, so a folder at `out` is whole and checked, or absent.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         Figures: out, step, num_parameters, num_bytes, vocab_size, precision, and those of `self_check`.
 
     Raises:
-        ValueError: the checkpoint is not whole, the tokenizer is not its own, `out` holds something else, or the written
-            folder does not agree with the checkpoint.
+        ValueError: the checkpoint is not whole, the tokenizer is not its own, `out` holds something else, or the
+            written folder does not agree with the checkpoint.
         OSError: the folder cannot be written; nothing is left of it.
     """
     checkpoint = resolve(config.run)
@@ -81,6 +81,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
             "precision": config.precision.value,
             **self_check(aside, checkpoint),
         }
+        for path in aside.glob("*.safetensors"):  # written for the owner alone
+            path.chmod((aside / "config.json").stat().st_mode)
         write_model_card(aside, run_of(checkpoint), manifest, figures)
         files = sorted(path.name for path in aside.iterdir())
         figures["num_bytes"] = sum((aside / name).stat().st_size for name in files)
@@ -105,8 +107,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
 def model_json(model: ModelConfig, vocab_size: int, eod: int, precision: Precision) -> dict[str, Any]:
     """`config.json` of a `GPTNeoXForCausalLM`.
 
-    The rotary settings and the type are spelled twice: transformers 5 reads `rope_parameters` and `dtype`, transformers 4
-    reads `rotary_pct`, `rotary_emb_base` and `torch_dtype`.
+    The rotary settings and the type are spelled twice: transformers 5 reads `rope_parameters` and `dtype`,
+    transformers 4 reads `rotary_pct`, `rotary_emb_base` and `torch_dtype`.
     """
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     return {

@@ -1,8 +1,8 @@
 """The export against its source: a folder and a checkpoint go in, the differences between their models come out.
 
-Both models compute in fp32. A bf16 or fp16 export is compared with the checkpoint's weights rounded to that type, so the
-tolerance is the same for every type: what remains is the order of additions. What the rounding itself changes is reported
-beside it and never judged.
+Both models compute in fp32. A bf16 or fp16 export is compared with the checkpoint's weights rounded to that type, so
+the tolerance is the same for every type: what remains is the order of additions. What the rounding itself changes is
+reported beside it and never judged.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def self_check(out: str | Path, checkpoint: str | Path) -> dict[str, Any]:
             parameter.copy_(parameter.to(dtype))
         source_logits = source(input_ids)[..., :num_tokens]
         exported_logits = exported(input_ids=input_ids).logits[..., :num_tokens]
-        greedy_equal = _same_greedy(source, exported, prompt, num_tokens)
+        greedy_equal = same_greedy(source, exported, prompt, num_tokens)
     figures = {
         "max_logit_difference": (source_logits - exported_logits).abs().max().item(),
         "tolerance": LOGIT_TOLERANCE,
@@ -111,7 +111,7 @@ def _inputs(tokenizer: Any, num_tokens: int, length: int) -> torch.Tensor:
     return torch.stack([first, second])
 
 
-def _same_greedy(source: torch.nn.Module, exported: Any, prompt: torch.Tensor, num_tokens: int) -> bool:
+def same_greedy(source: torch.nn.Module, exported: Any, prompt: torch.Tensor, num_tokens: int) -> bool:
     """Whether `exported.generate` chooses at every position what the source's logits allow."""
     continued = exported.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NUM_GREEDY_TOKENS

@@ -1,4 +1,4 @@
-"""The tokenizer's part of an export: the run's `tokenizer.model` goes in, the files that `AutoTokenizer` reads come out."""
+"""The tokenizer's part of an export: the run's `tokenizer.model` goes in, what `AutoTokenizer` reads comes out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.interop.tokenizer_json import build_tokenizer
@@ -52,8 +52,8 @@ def eod_id(proto: Any) -> int:
 def write_tokenizer_files(proto: Any, folder: Path, out: Path, max_length: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, and copy the chat template where the run has one.
 
-    Padding is on the left, as batched generation needs it; training code sets its own side. `<unk>` is not declared as a
-    token: byte fallback leaves it no use, and a declared token would be parsed from text.
+    Padding is on the left, as batched generation needs it; training code sets its own side. `<unk>` is not declared as
+    a token: byte fallback leaves it no use, and a declared token would be parsed from text.
     """
     build_tokenizer(proto).save(str(out / "tokenizer.json"))
     config: dict[str, Any] = {

@@ -4,26 +4,26 @@ The stock converter strips and collapses spaces, orders merges by id and matches
 conversion is written out here, for the models that `megakor train-tokenizer` makes (identity normalisation, no dummy
 prefix, spaces kept, byte fallback):
 
-- the text goes through NFC, U+2581 becomes `_` and a space becomes U+2581, as in `megakor.corpus.text` and SentencePiece;
+- the text goes through NFC, U+2581 becomes `_` (as in `megakor.corpus.text`) and a space becomes U+2581;
 - user-defined symbols (newline, mask tokens) are added tokens that are matched in the normalised text, longest first;
 - BPE: merges of every split of every piece, in the order of the pieces' scores;
-- unigram: the pieces with their scores; pieces that SentencePiece never matches in text cannot be reached. SentencePiece
-  adds scores in single precision and `tokenizers` in double: of two segmentations with the very same score (in a run of
-  one character) they can choose differently, unless the sums are exact, as with scores that are multiples of 1/256;
+- unigram: the pieces with their scores; pieces that SentencePiece never matches in text cannot be reached.
+  SentencePiece adds scores in single precision and `tokenizers` in double: of two segmentations with the very same
+  score (in a run of one character) they can choose differently, unless sums are exact, as with scores that are
+  multiples of 1/256;
 - what no piece covers becomes byte pieces, and the decoder puts bytes together again.
 
 Control symbols are `special` added tokens. Unlike `megakor.tokenizer.Tokenizer`, which never parses them from text, a
 Hugging Face tokenizer turns their literals into ids: that is how its chat templates work. On text without those
-literals the ids are equal. (The `tokenizers` library orders combining marks by an older Unicode than Python does: a
-run of two or more marks with one assigned after Unicode 9 can come out in another order. No script in modern use in Korea
-has them.)
+literals the ids are equal. (The `tokenizers` library orders combining marks by an older Unicode than Python does: in a
+run of two or more, marks assigned after Unicode 9 can come out in another order. None of them is of a Korean script.)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from megakor.corpus.text import REPLACEMENT, RESERVED

@@ -22,9 +22,11 @@ from megakor.tokenizer.special import CONTROL_SYMBOLS, END_OF_DOCUMENT, NEWLINE,
 MODEL_FILE = "tokenizer.model"
 META_FILE = "tokenizer.meta.json"
 
-# Longer texts are encoded in blocks that end at a newline: as a symbol of its own it is a border of every
-# segmentation, so the ids are the same, and memory stays bounded.
-BLOCK_SIZE = 1 << 16  # characters
+# Texts are encoded in blocks that end at a newline, which as a symbol of its own is a border of every segmentation.
+# With BPE the ids are those of the whole text, and longer blocks are as good. A unigram model breaks ties (`▁` `▁▁▁` or
+# `▁▁▁` `▁`) by rounding errors that grow with what stands before, so there each line is a block, and equal lines have
+# equal ids.
+BLOCK_SIZE = {"bpe": 1 << 13, "unigram": 0}  # characters; a block ends at the first newline past them
 
 
 def fingerprint(model_proto: bytes) -> str:
@@ -39,6 +41,7 @@ class Tokenizer:
         self.folder = folder
         self.meta = meta
         self._model_proto = model_proto
+        self._block_size = BLOCK_SIZE[meta["kind"]]
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
         for symbol in (*CONTROL_SYMBOLS, *USER_DEFINED_SYMBOLS):
             self.special_id(symbol)
@@ -55,6 +58,8 @@ class Tokenizer:
         try:
             meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
             expected = meta["fingerprint"]
+            if meta["kind"] not in BLOCK_SIZE:
+                raise ValueError(f"kind={meta['kind']} must be one of {', '.join(BLOCK_SIZE)}")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / META_FILE} is damaged: {error!r}") from error
         if fingerprint(model_proto) != expected:
@@ -74,10 +79,8 @@ class Tokenizer:
         text, _ = normalize(text)
         if not text.isascii():
             _check_encodable(text)
-        if len(text) <= BLOCK_SIZE:
-            return self._processor.encode(text)
         ids: list[int] = []
-        for block in _blocks(text):
+        for block in _blocks(text, self._block_size):
             ids += self._processor.encode(block)
         return ids
 
@@ -161,11 +164,11 @@ def _check_encodable(text: str) -> None:
         ) from error
 
 
-def _blocks(text: str) -> Iterator[str]:
-    """Pieces of about `BLOCK_SIZE` characters, each but the last ending in a newline; their sum is `text`."""
+def _blocks(text: str, size: int) -> Iterator[str]:
+    """Pieces of at least `size` characters, each but the last ending in a newline; their sum is `text`."""
     start = 0
     while start < len(text):
-        newline = text.find(NEWLINE, start + BLOCK_SIZE)
+        newline = text.find(NEWLINE, start + size)
         end = len(text) if newline < 0 else newline + 1
         yield text[start:end]
         start = end

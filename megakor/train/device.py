@@ -50,6 +50,10 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if is_cpu():
+        # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start, and only where there is a
+        # C++ compiler; gloo reduces without it, and the same on every machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if is_cpu() else get_accelerator().communication_backend_name()
     timeout = timedelta(minutes=timeout_minutes)
     if alone:

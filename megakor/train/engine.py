@@ -29,7 +29,8 @@ from megakor.parallel.dims import ParallelDims
 from megakor.parallel.pipeline import GPTNeoXPipeline
 from megakor.train.device import device
 from megakor.train.fragments import fragments
-from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, prepare_state
+from megakor.train.loss_scale import restore_scaler, scaler_state
+from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
 
 NEVER_CLIPPED = 1e30
 """A gradient norm no run reaches: ZeRO-0 computes the norm only when it clips."""
@@ -45,8 +46,12 @@ class Values(Protocol):
         """Elements of a flattened optimizer state."""
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps that the state has behind it; 0: there is none, and moments start at zero."""
+    def optimizer_steps(self) -> int:
+        """Updates that the optimizer state has behind it; 0: there is none, and moments start at zero."""
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """State of the dynamic loss scale; None: it starts afresh."""
 
 
 @dataclass
@@ -55,7 +60,8 @@ class SeededValues:
 
     model: ModelConfig
     seed: int
-    num_steps: int = 0
+    optimizer_steps: int = 0
+    loss_scale: dict[str, float] | None = None
     cache: tuple[str, torch.Tensor] = field(default=("", torch.empty(0)))
 
     def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -168,7 +174,7 @@ class Engine:
         owned = fragments(named, self.optimizer.param_groups)
         group = self._data_group() if any(fragment.exclusive for fragment in owned) or dims.data > 1 else None
         cut = group if config.parallel.zero_stage > 0 else None
-        prepare_state(self.optimizer, owned, shapes, cut, device(), values.num_steps)
+        prepare_state(self.optimizer, owned, shapes, cut, device(), values.optimizer_steps)
         replicated = {name for name, parameter in named if getattr(parameter, "ds_pipe_replicated", False)}
         self.pieces: list[Piece] = optimizer_pieces(self.optimizer, owned, self.data_rank == 0, replicated)
         with torch.no_grad():
@@ -177,6 +183,20 @@ class Engine:
                     values.state, piece.state, piece.name
                 )  # fmt: skip
                 piece.values.copy_(read(piece.offset, piece.offset + piece.values.numel()))
+        if values.loss_scale is not None:
+            restore_scaler(self._scaler, values.loss_scale)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.engine.optimizer, "loss_scaler", None)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What the optimizer needs to go on besides its pieces, and the settings of its groups."""
+        return {
+            "groups": self.group_settings,
+            "steps": optimizer_steps(self.optimizer),
+            "loss_scale": scaler_state(self._scaler),
+        }
 
     def _data_group(self) -> dist.ProcessGroup:
         if self.pipelined:

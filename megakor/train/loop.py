@@ -74,6 +74,9 @@ class Training:
 def train(training: Training) -> None:
     """Train to `train.num_steps`; every rank calls."""
     config, engine = training.config, training.engine
+    if training.first_step >= config.train.num_steps:
+        log.info("%s: nothing to do, step %d is reached already", config.name, training.first_step)
+        return
     peak = config.logging.peak_tflops
     total_peak = peak * dist.get_world_size() if peak else measure_peak_tflops(config.train.precision)
     num_steps = config.train.num_steps
@@ -102,7 +105,7 @@ def save(training: Training, step: int) -> float:
         num_tokens=engine.num_tokens,
         model=plain(engine.model),
         tokenizer_fingerprint=training.tokenizer_fingerprint,
-        optimizer={"name": config.optimizer.name.value, "groups": engine.group_settings},
+        optimizer={"name": config.optimizer.name.value, **engine.optimizer_state()},
         data=training.stream.state(),
         train=plain(config),
     )

@@ -93,17 +93,24 @@ def prepare_state(
     shapes: dict[str, torch.Size],
     group: dist.ProcessGroup | None,
     device: torch.device,
-    num_steps: int,
+    num_updates: int,
 ) -> None:
-    """Make the optimizer's state exist, zeroed, as after `num_steps` steps; a load then fills it through the pieces."""
+    """Make the optimizer's state exist, zeroed, as after `num_updates` updates; a load then fills it through the pieces."""
     if isinstance(optimizer, Adafactor):
         optimizer.attach(fragments, shapes, group, device)
-        optimizer.num_steps = num_steps
+        optimizer.num_steps = num_updates
         return
     for param_group in optimizer.param_groups:
         for tensor in param_group["params"]:
             optimizer.state[tensor] = {
-                "step": torch.tensor(float(num_steps), dtype=torch.float32, device=tensor.device),
+                "step": torch.tensor(float(num_updates), dtype=torch.float32, device=tensor.device),
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Updates done; fewer than the run's steps where fp16 overflowed and steps were skipped."""
+    if isinstance(optimizer, Adafactor):
+        return optimizer.num_steps
+    return int(next(iter(optimizer.state.values()))["step"])

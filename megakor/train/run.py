@@ -113,10 +113,18 @@ def resume_point(run: Path) -> Path | None:
     return found[0]
 
 
-def check_continues(manifest: CheckpointManifest, model: ModelConfig, fingerprint: str, data: dict[str, Any]) -> None:
-    """Raise unless a checkpoint is of this model, tokenizer and data; every difference is named."""
-    expected = {"tokenizer": fingerprint, "model": plain(model), "data": data}
-    there = {"tokenizer": manifest.tokenizer_fingerprint, "model": manifest.model, "data": manifest.data}
+def check_continues(
+    manifest: CheckpointManifest, config: EngineConfig, model: ModelConfig, fingerprint: str, data: dict[str, Any]
+) -> None:
+    """Raise unless a checkpoint is of this model, tokenizer, data and optimizer; every difference is named."""
+    optimizer = config.optimizer.name.value
+    expected = {"tokenizer": fingerprint, "model": plain(model), "data": data, "optimizer.name": optimizer}
+    there = {
+        "tokenizer": manifest.tokenizer_fingerprint,
+        "model": manifest.model,
+        "data": manifest.data,
+        "optimizer.name": manifest.optimizer["name"],
+    }
     ours, theirs = flat(expected), flat(there)
     differences = [
         f"{key}={ours.get(key)} must be {theirs.get(key)}"
@@ -126,3 +134,12 @@ def check_continues(manifest: CheckpointManifest, model: ModelConfig, fingerprin
     if differences:
         raise ValueError("; ".join(differences) + f": the run goes on from its checkpoint of step {manifest.step}")
 
+
+
+def check_tokenizer(manifest: CheckpointManifest, tokenizer: Tokenizer) -> None:
+    """Raise unless a checkpoint's model was trained with this tokenizer."""
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"tokenizer={tokenizer.folder} (fingerprint {tokenizer.fingerprint[:12]}…) must be the one that the base "
+            f"was trained with ({manifest.tokenizer_fingerprint[:12]}…)"
+        )

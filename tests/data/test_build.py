@@ -92,7 +92,7 @@ def test_killed_and_started_again(corpus: list[Path], built: Path, tmp_path: Pat
         "import megakor.data.build as build; from tests.data.tokens import *; from pathlib import Path; import sys\n"
         "build.CHUNK_DOCUMENTS = 4\n"
         "config = shard_config([Path(path) for path in sys.argv[2:]], Path(sys.argv[1]))\n"
-        "build.build_shards(config, ByteTokenizer(seconds_per_document=0.06))\n"
+        "build.build_shards(config, ByteTokenizer(seconds_per_document=0.04))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(out), *map(str, corpus)])
     deadline = time.monotonic() + 50

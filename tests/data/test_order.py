@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakor.data.order import ORDER_VERSION, sample_ids
@@ -22,12 +22,14 @@ def test_golden() -> None:
     assert sample_ids(-7, 2**62, 3 * 2**62 - 2, 4).tolist() == GOLDEN_LARGEST
 
 
+@settings(deadline=None)
 @given(seeds, st.integers(1, 3000), st.integers(0, 10**6))
 def test_every_epoch_is_a_permutation(seed: int, num_samples: int, epoch: int) -> None:
     ids = sample_ids(seed, num_samples, epoch * num_samples, num_samples)
     assert np.array_equal(np.sort(ids), np.arange(num_samples))
 
 
+@settings(deadline=None)
 @given(seeds, st.integers(1, 200), st.integers(0, 10**12), st.lists(st.integers(0, 150), max_size=8))
 def test_any_cut_gives_the_same_order(seed: int, num_samples: int, start: int, counts: list[int]) -> None:
     whole = sample_ids(seed, num_samples, start, sum(counts))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakor.data import stream as stream_module
@@ -38,6 +38,7 @@ def rows(batches: list[Batch]) -> np.ndarray:
     return np.concatenate([batch.input_ids for batch in batches])
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 100), st.integers(1, 2**40), st.sampled_from([1, 3, 8, 64, 333]))
 def test_ranks_and_micro_batches_change_nothing(folder: Path, step: int, seed: int, length: int) -> None:
     size = 12
@@ -83,6 +84,7 @@ def test_state_names_what_changed(folder: Path, tmp_path: Path) -> None:
             stream.check_state({**stream.state(), name: value})
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 1100), st.integers(1, 7))
 def test_heldout_predicts_every_token_once(folder: Path, length: int, count: int) -> None:
     heldout = HeldoutSet("heldout", folder, length)

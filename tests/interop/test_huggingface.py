@@ -16,7 +16,7 @@ from megakor.checkpoint.format import sha256_of, step_folder
 from megakor.checkpoint.reader import load_model
 from megakor.config.schema import ExportConfig, Precision
 from megakor.interop import export, huggingface, self_check
-from megakor.interop.self_check import PROBES
+from megakor.interop.self_check import PROBES, same_greedy
 from megakor.tokenizer.tokenizer import Tokenizer
 from tests.interop.conftest import MODEL, generated_lines, write_run
 
@@ -51,6 +51,7 @@ def test_exported_model_gives_the_checkpoint_s_logits(
     assert figures["greedy_equal"] and figures["tokens_equal"]
     assert figures["num_parameters"] == sum(parameter.numel() for parameter in exported.parameters())
     assert leftovers(tmp_path) == []
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
 
 
 def test_config_is_spelled_for_both_transformers(run: Path) -> None:
@@ -147,6 +148,17 @@ def test_self_check_sees_a_changed_weight(run: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="max_logit_difference=.* must be at most 0.0001"):
         self_check(out, step_folder(run, 100))
+
+
+def test_greedy_comparison_sees_another_model(tmp_path: Path, bpe: Tokenizer) -> None:
+    write_run(tmp_path / "one", bpe, MODEL, seed=1)
+    exported = AutoModelForCausalLM.from_pretrained(export(config(tmp_path / "one"))["out"], local_files_only=True)
+    source, _ = load_model(write_run(tmp_path / "two", bpe, MODEL, seed=2))
+    same, _ = load_model(step_folder(tmp_path / "one", 100))
+    prompt = torch.tensor([bpe.encode("옛날 옛적에")])
+    with torch.inference_mode():
+        assert same_greedy(same, exported, prompt, bpe.vocab_size)
+        assert not same_greedy(source, exported, prompt, bpe.vocab_size)
 
 
 def test_self_check_sees_a_changed_tokenizer(run: Path) -> None:

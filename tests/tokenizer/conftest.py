@@ -12,8 +12,9 @@ from megakor.config.schema import TokenizerKind, TrainTokenizerConfig
 from megakor.tokenizer import Tokenizer
 from megakor.tokenizer.train import train_tokenizer
 
-STEMS = "학교 사람 나라 바다 하늘 시간 마음 이야기 도서관 고양이 자전거 컴퓨터 대한민국 서울특별시 아침 저녁".split()
-ENDINGS = "은 는 이 가 을 를 에서 으로 까지 부터 입니다 했다 하고 보다 ".split(" ")
+STEMS = ["학교", "사람", "나라", "바다", "하늘", "시간", "마음", "이야기", "도서관", "고양이"]
+STEMS += ["자전거", "컴퓨터", "대한민국", "서울특별시", "아침", "저녁"]
+ENDINGS = ["은", "는", "이", "가", "을", "를", "에서", "으로", "까지", "부터", "입니다", "했다", "하고", "보다", ""]
 ODD = [
     "2024년",
     "㎡",

@@ -10,20 +10,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megakor.tokenizer import Tokenizer, special
-from megakor.tokenizer import tokenizer as module
 
-FIXED = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FIXED = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 VALID = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
-KOREAN = st.sampled_from(
-    [*"가각힣ㅋㅎㅏ㎡①漢字 \u3000\u00a0\t\n\r\0▅_", *"\u1100\u1161\u11a8\u3131", "  ", "\n\n", "한국", "학교에서", "12,345", "é", "e\u0301"]
-    + ["👨‍👩‍👧", "\ufeff", "\ufffd", "\uffff", "\U0010ffff", "</s>", "<unk>", "<0x41>", "<0x", "<|", "|>", "<|sep", "##", "Ġ"]
-    + [*special.CONTROL_SYMBOLS, *special.USER_DEFINED_SYMBOLS]
-)  # fmt: skip
+CHARACTERS = "가각힣ㅋㅎㅏ㎡①漢字 \u3000\u00a0\t\n\r\0▅_\u1100\u1161\u11a8\u3131\ufeff\ufffd\uffff\U0010ffff"
+WORDS = ["  ", "\n\n", "한국", "학교에서", "12,345", "é", "e\u0301", "👨‍👩‍👧"]
+LITERALS = [
+    *special.CONTROL_SYMBOLS,
+    *special.USER_DEFINED_SYMBOLS,
+    "</s>",
+    "<unk>",
+    "<0x41>",
+    "<0x",
+    "<|",
+    "|>",
+    "<|sep",
+    "Ġ",
+]
+KOREAN = st.sampled_from([*CHARACTERS, *WORDS, *LITERALS])
 TEXTS = st.one_of(st.text(VALID), st.lists(KOREAN, max_size=40).map("".join), st.text(VALID, min_size=50, max_size=200))
 
 
@@ -47,14 +57,26 @@ def test_every_character_comes_back(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    "text", ["", "\n", "\n\n\n", " ", "     ", " 앞 공백", "뒤 공백 ", "가  나   다", "\t\t탭\t", "줄\r\n줄\r"]
+)
+@pytest.mark.parametrize(
+    "end",
     [
-        "", "\n", "\n\n\n", " ", "     ", " 앞 공백", "뒤 공백 ", "가  나   다", "\t\t탭\t", "줄\r\n줄\r", "😀👨‍👩‍👧🇰🇷", "ㅋㅋㅋ ㅠㅠ", "84㎡ ①",
-        "大韓民國", "\u1100\u1161\u11a8", "ᄒᆞᆫ글", "\ufeffBOM", "\0", "▅", "　전각", "가\u200b나", "1234567890",
+        "",
+        "😀👨‍👩‍👧🇰🇷",
+        "ㅋㅋㅋ ㅠㅠ",
+        "84㎡ ①",
+        "大韓民國",
+        "\u1100\u1161\u11a8",
+        "ᄒᆞᆫ글",
+        "\ufeff",
+        "\0",
+        "▅",
+        "\u3000",
     ],
-)  # fmt: skip
-def test_what_default_normalisation_would_lose(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
+)
+def test_what_default_normalisation_would_lose(tokenizer: Tokenizer, text: str, end: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text + end)) == unicodedata.normalize("NFC", text + end)
 
 
 def test_the_reserved_character_becomes_an_underscore(tokenizer: Tokenizer) -> None:
@@ -102,11 +124,17 @@ def test_bytes_per_id_are_what_each_id_decodes_to(tokenizer: Tokenizer) -> None:
 
 @FIXED
 @given(text=TEXTS)
-def test_long_texts_are_encoded_in_blocks_with_equal_ids(tokenizer: Tokenizer, text: str) -> None:
-    whole = tokenizer.encode(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK_SIZE", 5)
-        assert tokenizer.encode(text) == whole
+def test_ids_are_those_of_the_lines_one_by_one(tokenizer: Tokenizer, text: str) -> None:
+    lines = unicodedata.normalize("NFC", text).split("\n")
+    ids = [index for line in lines for index in [*tokenizer.encode(line), tokenizer.newline_id]][:-1]
+    assert tokenizer.encode(text) == ids
+
+
+def test_blocks_change_no_id_of_bpe(tokenizer: Tokenizer) -> None:
+    text = "\n".join(["학교에서 2024년  ㅋㅋ    漢字😀", "", " 대한민국"] * 2000)
+    whole = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto()).encode(text)
+    assert (tokenizer.encode(text) == whole) or tokenizer.meta["kind"] == "unigram"
+    assert tokenizer.decode(whole) == text
 
 
 def test_batches_are_single_texts(tokenizer: Tokenizer) -> None:

@@ -95,7 +95,7 @@ def test_smaller_than_bytes_and_special_tokens_is_refused(corpus_file: Path, tmp
 
 
 def test_more_ids_than_uint16_holds(tmp_path: Path) -> None:
-    words = ["".join(chr(0xAC00 + (n * k) % 11172) for k in (1, 7919, 104729, 1299709)) for n in range(30_000)]
+    words = ["".join(chr(0xAC00 + (n * k) % 11172) for k in (1, 7919, 104729, 1299709)) for n in range(25_000)]
     texts = [" ".join(words[start : start + 1000]) for start in range(0, len(words), 1000)]
     tokenizer = train(write_corpus(tmp_path / "a.jsonl", texts), tmp_path, vocab_size=70_000)
     assert tokenizer.vocab_size == 70_000

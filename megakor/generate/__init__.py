@@ -1,0 +1,1 @@
+"""Text from a checkpoint: continuations of a prompt and answers to a question."""

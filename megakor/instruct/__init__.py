@@ -1,0 +1,1 @@
+"""Instruction tuning: pairs of question and answer become masked training batches."""
