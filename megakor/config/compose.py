@@ -38,6 +38,9 @@ QUIET_HYDRA = (
 )
 
 
+HYDRA_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn")
+
+
 def config_folder() -> Path:
     """The folder of the shipped YAML: beside the package in a checkout, inside it when installed."""
     package = Path(__file__).resolve().parents[1]
@@ -125,6 +128,7 @@ def sort_arguments(arguments: list[str], schema: type) -> Arguments:
     multirun = bool({"-m", "--multirun"} & set(arguments))
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--multirun cannot run under a launcher: every process would start every run")
+    flags: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
         flag = argument.partition("=")[0].replace("-", "_")
@@ -135,13 +139,15 @@ def sort_arguments(arguments: list[str], schema: type) -> Arguments:
             sorted_.debug = True
         elif argument in ("-h", "--help"):
             sorted_.help = True
-        elif "=" not in argument and not argument.startswith("-"):
-            # Hydra's own options take values without `=` (`--cfg job`); those words pass, others are mistakes.
-            if argument not in ("job", "hydra", "defaults", "config", "plugins", "searchpath", "defaults_tree"):
-                raise ValueError(f"argument {argument!r} must be of the form key=value")
-            sorted_.hydra.append(argument)
+        elif argument.startswith("-"):
+            flags.append(argument)
+            if argument in HYDRA_OPTIONS_WITH_VALUE:
+                flags.append(next(waiting, ""))
+        elif "=" not in argument:
+            raise ValueError(f"argument {argument!r} must be of the form key=value")
         else:
             sorted_.hydra.append(quote_override(argument, schema, multirun))
+    sorted_.hydra += flags  # argparse takes overrides in one run only, and flags behind them
     return sorted_
 
 
@@ -179,6 +185,14 @@ def to_object(config: DictConfig, schema: type) -> Any:
     instance = OmegaConf.to_object(config)
     check(instance)
     return instance
+
+
+def load_experiment(verb: str, experiment: str) -> Any:
+    """A shipped named run as a checked configuration."""
+    register_schemas()
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = hydra.compose(verb, overrides=[f"experiment={experiment}"])
+    return to_object(config, VERBS[verb].schema)
 
 
 def known_keys(schema: type, prefix: str = "") -> list[str]:

@@ -1,0 +1,65 @@
+# megakor: make demo · make test · make lint · make bench · make docs. Each installs what it needs into .venv, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+CORPUS ?=
+ARGS ?=
+
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help demo test lint format bench docs clean requirements
+
+help:
+	@echo "make demo    the whole arc on two CPU cores: text in; a trained, resumed, exported, tuned model out"
+	@echo "             CORPUS='path/*.jsonl.gz' uses your text; ARGS='num_steps=200' changes the demo's keys"
+	@echo "make test    the tests          make lint    ruff and mypy"
+	@echo "make bench   the benchmarks     make docs    the documentation, into site/"
+
+requirements:
+	@command -v $(PYTHON) >/dev/null || { echo "megakor needs Python 3.10 or newer, and '$(PYTHON)' is not there:" \
+	  "install it (Debian: apt-get install python3 python3-venv) or name another: make PYTHON=python3.11 …"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "megakor needs Python 3.10 or newer," \
+	  "and '$(PYTHON)' is $$($(PYTHON) -V): name a newer one: make PYTHON=python3.11 …"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "megakor needs Python's venv module:" \
+	  "install it (Debian: apt-get install python3-venv)"; exit 1; }
+
+$(BIN)/python: | requirements
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras; a changed setup.cfg or constraints.txt installs again.
+$(VENV)/.installed: setup.cfg constraints.txt | $(BIN)/python
+	@echo "installing megakor into $(VENV) (once; a few minutes)"
+	$(PIP) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	@echo "installing the extra '$*' into $(VENV) (once)"
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m megakor demo $(if $(CORPUS),'corpus=$(CORPUS)') $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m tests.benchmarks.train_step $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

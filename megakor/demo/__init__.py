@@ -1,0 +1,1 @@
+"""The whole arc in one go, by the same commands that a user types."""

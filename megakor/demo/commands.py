@@ -1,0 +1,104 @@
+"""Running verbs as a user would: in processes of their own, under the launcher where they train."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megakor.config.compose import quoted
+from megakor.logs import get_logger
+from megakor.train.metrics import read_metrics
+
+log = get_logger(__name__)
+
+NUM_PROCESSES = 2
+POLL_SECONDS = 0.05
+
+
+class StageError(OSError):
+    """A command of the demo failed; it has told why."""
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as a command-line argument; lists are quoted item by item."""
+    if isinstance(value, list):
+        return f"{key}=[{','.join(quoted(str(item)) for item in value)}]"
+    return f"{key}={value}"
+
+
+def verb(name: str, **options: Any) -> list[str]:
+    """The command of a verb in one process."""
+    return [sys.executable, "-m", "megakor", name, *(override(key, value) for key, value in options.items())]
+
+
+def launched(name: str, overrides: list[str]) -> list[str]:
+    """The command of a training verb under the `deepspeed` launcher."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    found = str(launcher) if launcher.is_file() else shutil.which("deepspeed")
+    if found is None:
+        raise StageError("the `deepspeed` command must be on PATH; it comes with the deepspeed package")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--num_gpus", str(NUM_PROCESSES), "--master_port", str(port), "--no_local_rank", "--log_level", "error"]
+    return [found, *flags, "--module", f"megakor.{name}", *overrides]
+
+
+def start(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, with its output on ours."""
+    log.info("$ %s", shlex.join(command))
+    environment = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def run(command: list[str]) -> None:
+    """Run a command to its end; an interrupt ends it too."""
+    process = start(command)
+    try:
+        status = process.wait()
+    except BaseException:
+        kill(process)
+        raise
+    if status:
+        raise StageError(f"{shlex.join(command)}: exit status {status} must be 0")
+
+
+def output(command: list[str]) -> dict[str, Any]:
+    """The JSON object that a command prints as its last line."""
+    log.info("$ %s", shlex.join(command))
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise StageError(f"{shlex.join(command)}: exit status {done.returncode} must be 0")
+    return json.loads(done.stdout.decode().strip().splitlines()[-1])
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher and all its ranks."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def run_and_kill(command: list[str], folder: Path, after_step: int) -> int:
+    """Start a training command and SIGKILL it, launcher and ranks, once it has logged a step; returns its last step."""
+    process = start(command)
+    try:
+        while process.poll() is None:
+            steps = [record["step"] for record in read_metrics(folder) if record["kind"] == "train"]
+            if steps and steps[-1] >= after_step:
+                return steps[-1]
+            time.sleep(POLL_SECONDS)
+    finally:
+        kill(process)
+    raise StageError(f"{shlex.join(command)}: must run past step {after_step}, but ended with {process.returncode}")

@@ -1,0 +1,63 @@
+"""Composes a verb's configuration from a command line without running the verb."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from megakor.config.compose import QUIET_HYDRA, config_folder, main, quote_override, register_schemas, to_object
+from megakor.config.verbs import VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PRETRAIN = ["run=r", "data.train=a", "data.tokenizer=b", "optimizer.lr=1e-3", "train.num_steps=10",
+            "train.global_batch_size=4", "train.micro_batch_size=2", "train.sequence_length=64"]  # fmt: skip
+"""What `pretrain` needs without an experiment."""
+
+INSTRUCT = ["base=b", "tokenizer=t", *[word for word in PRETRAIN if not word.startswith("data.")]]
+
+NEEDED = {
+    "corpus": ["out=o"],
+    "train-tokenizer": ["inputs=a", "out=o"],
+    "shard": ["inputs=a", "tokenizer=t", "out=o"],
+    "pretrain": PRETRAIN,
+    "instruct": INSTRUCT,
+    "export": ["run=r", "out=o"],
+    "evaluate": ["run=r", "heldout=h"],
+    "generate": ["run=r", "prompt=p"],
+    "report": ["run=r"],
+    "demo": [],
+}
+"""The shortest command line of each verb."""
+
+
+def composed(verb: str, *arguments: str) -> Any:
+    """The checked configuration that a command line leads to. SystemExit where the verb would end in an error."""
+    seen: list[Any] = []
+    main(verb, seen.append, list(arguments))
+    assert len(seen) == 1
+    return seen[0]
+
+
+def quickly_composed(verb: str, *arguments: str) -> Any:
+    """The same without Hydra's start, which takes most of the time; errors are raised as they are."""
+    schema = VERBS[verb].schema
+    register_schemas()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        overrides = [quote_override(argument, schema, multirun=False) for argument in arguments]
+        return to_object(compose(verb, overrides=[*QUIET_HYDRA, *overrides]), schema)
+
+
+def command(
+    *words: str, timeout: float = 120, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python words…` with the package on the path."""
+    full = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=full, check=False
+    )

@@ -1,0 +1,189 @@
+"""Every rule of `megakor.config.checks`, with a value that breaks it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+
+import pytest
+
+from megakor.config import checks
+from megakor.config.checks import OWNED_DEEPSPEED_KEYS, check, check_fit
+from tests.config.commands import NEEDED, composed, quickly_composed
+
+FP32 = ["train.precision=fp32"]
+
+BAD: list[tuple[str, list[str], str, str]] = [
+    # model
+    *[
+        ("pretrain", [f"model.{name}={value}"], f"model.{name}={value}", "be above 0")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+                     "make_vocab_size_divisible_by", "max_position_embeddings")
+        for value in (0, -1)
+    ],
+    ("pretrain", ["model.initializer_range=0"], "model.initializer_range=0.0", "be above 0"),
+    ("pretrain", ["model.hidden_size=30", "model.num_attention_heads=8"], "model.hidden_size=30",
+     "be divisible by model.num_attention_heads=8"),
+    ("pretrain", ["model.rotary_pct=0.0"], "model.rotary_pct=0.0", "lie in (0, 1]"),
+    ("pretrain", ["model.rotary_pct=1.5"], "model.rotary_pct=1.5", "lie in (0, 1]"),
+    ("pretrain", ["model.rotary_pct=0.1"], "model.rotary_pct=0.1",
+     "rotate an even, positive number of the 32 dimensions of a head, not 3"),
+    ("pretrain", ["model.rotary_pct=0.01"], "model.rotary_pct=0.01",
+     "rotate an even, positive number of the 32 dimensions of a head, not 0"),
+    # layout
+    *[
+        ("pretrain", [f"parallel.{name}={value}"], f"parallel.{name}={value}", "be above 0")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size", "data_parallel_size")
+        for value in (0, -2)
+    ],
+    ("pretrain", ["parallel.tensor_parallel_size=2"], "parallel.tensor_parallel_size=2", "be 1 in this version"),
+    ("pretrain", ["parallel.context_parallel_size=2"], "parallel.context_parallel_size=2", "be 1 in this version"),
+    ("pretrain", ["parallel.zero_stage=4"], "parallel.zero_stage=4", "be 0, 1, 2 or 3"),
+    ("pretrain", ["parallel.zero_stage=-1"], "parallel.zero_stage=-1", "be 0, 1, 2 or 3"),
+    ("pretrain", ["parallel.zero_stage=3"], "parallel.zero_stage=3", "be 0, 1 or 2 in this version"),
+    *[
+        ("pretrain", [f"parallel.zero_stage={stage}", "parallel.pipeline_parallel_size=2"],
+         f"parallel.zero_stage={stage}", "be 1 with parallel.pipeline_parallel_size=2")
+        for stage in (0, 2, 3)
+    ],
+    ("pretrain", ["parallel.zero_stage=0"], "parallel.zero_stage=0", "be 1 or more unless train.precision=fp32"),
+    ("pretrain", ["parallel.pipeline_partition=layers"], "parallel.pipeline_partition=layers",
+     "be parameters, uniform or type:REGEX"),
+    ("pretrain", ["parallel.pipeline_parallel_size=3"], "parallel.pipeline_parallel_size=3",
+     "be at most model.num_hidden_layers=2"),
+    # training
+    *[
+        ("pretrain", [f"train.{name}={value}"], f"train.{name}={value}", "be above 0")
+        for name in ("num_steps", "global_batch_size", "micro_batch_size", "sequence_length")
+        for value in (0, -1)
+    ],
+    ("pretrain", ["train.clip_grad_norm=-1"], "train.clip_grad_norm=-1.0", "be at least 0"),
+    ("pretrain", ["train.global_batch_size=30", "train.micro_batch_size=4"], "train.global_batch_size=30",
+     "be divisible by train.micro_batch_size=4"),
+    ("pretrain", ["train.sequence_length=4096"], "train.sequence_length=4096",
+     "be at most model.max_position_embeddings=2048"),
+    ("pretrain", ["optimizer.lr=0"], "optimizer.lr=0.0", "be above 0"),
+    ("pretrain", ["optimizer.eps=0"], "optimizer.eps=0.0", "be above 0"),
+    ("pretrain", ["optimizer.weight_decay=-0.1"], "optimizer.weight_decay=-0.1", "be at least 0"),
+    ("pretrain", ["optimizer.beta1=1"], "optimizer.beta1=1.0", "lie in [0, 1)"),
+    ("pretrain", ["optimizer.beta2=-0.5"], "optimizer.beta2=-0.5", "lie in [0, 1)"),
+    *[
+        ("pretrain", [f"schedule.{name}={value}"], f"schedule.{name}={value}", "lie in [0, 1]")
+        for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio")
+        for value in (-0.1, 1.1)
+    ],
+    ("pretrain", ["checkpoint.interval=0"], "checkpoint.interval=0", "be above 0"),
+    ("pretrain", ["checkpoint.keep_last=-1"], "checkpoint.keep_last=-1", "be at least 0"),
+    ("pretrain", ["checkpoint.resume=always"], "checkpoint.resume=always", "be auto or never"),
+    ("pretrain", ["evaluation.interval=-1"], "evaluation.interval=-1", "be at least 0"),
+    ("pretrain", ["logging.interval=0"], "logging.interval=0", "be above 0"),
+    ("pretrain", ["logging.peak_tflops=0"], "logging.peak_tflops=0.0", "be above 0"),
+    # what megakor owns
+    *[("pretrain", [f"+deepspeed.{name}=3"], f"deepspeed.{name}=3", f"megakor sets it from {ours}")
+      for name, ours in OWNED_DEEPSPEED_KEYS.items()],
+    ("pretrain", ["+deepspeed.zero_optimization.stage=2"], "deepspeed.zero_optimization.stage=2",
+     "megakor sets it from parallel.zero_stage"),
+    ("pretrain", ["+deepspeed.pipeline.pipe_partitioned=true"], "deepspeed.pipeline.pipe_partitioned=True",
+     "be left out"),
+    ("pretrain", ["+deepspeed.pipeline.pipe_partitioned=false"], "deepspeed.pipeline.pipe_partitioned=False",
+     "be left out"),
+    # instruct
+    ("instruct", ["train.micro_batch_size=3"], "train.global_batch_size=4", "be divisible by train.micro_batch_size=3"),
+    ("instruct", ["pairs.validation_ratio=1"], "pairs.validation_ratio=1.0", "lie in [0, 1)"),
+    ("instruct", ["pairs.validation_ratio=-0.1"], "pairs.validation_ratio=-0.1", "lie in [0, 1)"),
+    ("instruct", ["pairs.max_pairs=0"], "pairs.max_pairs=0", "be above 0"),
+    # corpus, tokenizer, shards
+    ("corpus", ["heldout_ratio=0"], "heldout_ratio=0.0", "lie in (0, 1)"),
+    ("corpus", ["heldout_ratio=1"], "heldout_ratio=1.0", "lie in (0, 1)"),
+    ("corpus", ["max_bytes=0"], "max_bytes=0", "be above 0"),
+    ("train-tokenizer", ["inputs=[]"], "inputs=[]", "name at least one file or glob"),
+    ("train-tokenizer", ["vocab_size=0"], "vocab_size=0", "be above 0"),
+    ("train-tokenizer", ["max_bytes=-5"], "max_bytes=-5", "be above 0"),
+    ("train-tokenizer", ["num_threads=0"], "num_threads=0", "be above 0"),
+    ("train-tokenizer", ["character_coverage=0"], "character_coverage=0.0", "lie in (0, 1]"),
+    ("train-tokenizer", ["character_coverage=1.1"], "character_coverage=1.1", "lie in (0, 1]"),
+    ("shard", ["inputs=[]"], "inputs=[]", "name at least one file or glob"),
+    ("shard", ["shard_size=0"], "shard_size=0", "be above 0"),
+    ("shard", ["num_workers=0"], "num_workers=0", "be above 0"),
+    # the others
+    ("evaluate", ["micro_batch_size=0"], "micro_batch_size=0", "be above 0"),
+    ("generate", ["question=뭐"], "prompt, question=['prompt', 'question']", "be given one of the two"),
+    ("generate", ["prompt=null"], "prompt, question=[]", "be given one of the two"),
+    ("generate", ["context=맥락"], "context=맥락", "come with a question"),
+    ("generate", ["max_new_tokens=0"], "max_new_tokens=0", "be above 0"),
+    ("generate", ["temperature=-1"], "temperature=-1.0", "be at least 0"),
+    ("generate", ["num_samples=0"], "num_samples=0", "be above 0"),
+    ("generate", ["top_p=0"], "top_p=0.0", "lie in (0, 1]"),
+    ("generate", ["top_p=1.1"], "top_p=1.1", "lie in (0, 1]"),
+    ("demo", ["pipeline_parallel_size=3"], "pipeline_parallel_size=3", "be 1 or 2"),
+    *[("demo", [f"{name}=0"], f"{name}=0", "be above 0")
+      for name in ("max_bytes", "vocab_size", "num_steps", "instruct_steps")],
+    ("demo", ["run=."], "run=.", "be a folder of its own"),
+    ("demo", ["run=.."], "run=..", "be a folder of its own"),
+    ("demo", ["run=/"], "run=/", "be a folder of its own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "arguments", "what", "rule"), BAD, ids=[" ".join(case[1]) for case in BAD])
+def test_rules(verb: str, arguments: list[str], what: str, rule: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        quickly_composed(verb, *NEEDED[verb], *arguments)
+    line = str(raised.value)
+    assert line.startswith(f"{what} must "), line
+    assert rule in line
+
+
+def test_a_broken_rule_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        composed("pretrain", *NEEDED["pretrain"], "model.hidden_size=30")
+    rule = "model.hidden_size=30 must be divisible by model.num_attention_heads=4"
+    assert (ended.value.code, capsys.readouterr().err) == (1, f"megakor pretrain: error: {rule}\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("pretrain", ["parallel.zero_stage=0", *FP32]),
+        ("pretrain", ["parallel.zero_stage=2", "train.precision=bf16"]),
+        ("pretrain", ["parallel.pipeline_parallel_size=2", "train.precision=fp16"]),
+        ("pretrain", ["model.rotary_pct=1.0", "train.clip_grad_norm=0", "checkpoint.keep_last=0"]),
+        ("pretrain", ["train.sequence_length=2048", "evaluation.interval=0", "optimizer.weight_decay=0"]),
+        ("pretrain", ["parallel.pipeline_partition=type:Block"]),
+        ("pretrain", ["+deepspeed.zero_optimization.overlap_comm=true", "+deepspeed.prescale_gradients=true"]),
+        ("corpus", ["max_bytes=1"]),
+        ("generate", ["prompt=null", "question=뭐", "context=맥락", "temperature=0", "top_p=1"]),
+        ("demo", ["run=runs/다른"]),
+    ],
+)
+def test_the_edges_that_are_allowed(verb: str, arguments: list[str]) -> None:
+    quickly_composed(verb, *NEEDED[verb], *arguments)
+
+
+def test_what_instruct_learns_from_its_base_is_checked_too() -> None:
+    model = composed("pretrain", *NEEDED["pretrain"]).model
+    config = composed("instruct", *NEEDED["instruct"], "train.sequence_length=4096")
+    with pytest.raises(ValueError, match=r"train.sequence_length=4096 must be at most .*max_position_embeddings=2048"):
+        check_fit(config, model)
+
+
+def test_every_rule_is_broken_by_a_test() -> None:
+    """Keys that a check names literally, all of which have a bad value above."""
+    named: set[str] = set()
+    for node in ast.walk(ast.parse(inspect.getsource(checks))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("require", "positive", "share"):
+            for argument in node.args:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and re.match(r"[a-z_., ]+$", argument.value):
+                    if "." in argument.value or argument.value in known_plain():
+                        named.add(argument.value)
+    broken = {what.partition("=")[0] for _, _, what, _ in BAD}
+    assert len(named) > 20
+    assert named <= broken, named - broken
+
+
+def known_plain() -> set[str]:
+    return {what.partition("=")[0] for _, _, what, _ in BAD} | {"heldout_ratio", "shard_size", "micro_batch_size"}
+
+
+def test_a_configuration_without_rules_passes() -> None:
+    check(composed("report", "run=r"))

@@ -1,0 +1,105 @@
+"""Runs a function on several ranks of a gloo group, each a process of its own.
+
+The processes are forked from a server that has DeepSpeed imported already, so a group starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+PRELOADED = ["torch", "deepspeed", "megakor.pretrain"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def context() -> multiprocessing.context.BaseContext:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by libgomp when the server starts
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    return server
+
+
+def _rank(
+    answer: multiprocessing.connection.Connection, function: Callable, rank: int, world_size: int, port: int, args: tuple
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+
+    from megakor.train.device import end_process_group, start_process_group
+
+    torch.set_num_threads(1)
+    try:
+        start_process_group(timeout_minutes=2)
+        result = function(*args)
+        end_process_group()
+        answer.send((True, result))
+    except BaseException:
+        answer.send((False, traceback.format_exc()))
+
+
+def run_ranks(
+    function: Callable, world_size: int, *args: Any, timeout: float = 150.0, killed: bool = False
+) -> list[Any]:
+    """What `function(*args)` returned on each rank of a fresh group.
+
+    Args:
+        function: of a module that the processes can import.
+        killed: the function ends in SIGKILL on one rank; the others are killed then, as a launcher does.
+    """
+    server, port = context(), free_port()
+    pipes = [server.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        server.Process(target=_rank, args=(pipe[1], function, rank, world_size, port, args))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    for _, sender in pipes:
+        sender.close()
+    waiting = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+    results: list[Any] = [None] * world_size
+    deadline, died = time.monotonic() + timeout, []
+    try:
+        while waiting and not died:
+            ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                pytest.fail(f"{function.__name__}: ranks {sorted(waiting.values())} did not answer in {timeout} s")
+            for receiver in ready:
+                rank = waiting.pop(receiver)
+                try:
+                    fine, results[rank] = receiver.recv()
+                except EOFError:
+                    died.append(rank)
+                    continue
+                if not fine:
+                    time.sleep(0.2)
+                    pytest.fail(f"{function.__name__}: rank {rank}:\n{results[rank]}")
+    finally:
+        for process in processes:
+            if process.is_alive() and (waiting or died):
+                process.kill()
+            process.join(30)
+    if bool(died) != killed:
+        pytest.fail(f"{function.__name__}: ranks {died} died, {'one' if killed else 'none'} should have")
+    return results
