@@ -26,8 +26,8 @@ def run(config: PretrainConfig) -> None:
             global_batch_size=size.global_batch_size,
         )
         heldout = [HeldoutSet(name, folder, size.sequence_length) for name, folder in config.data.validation.items()]
-        for shards in (stream, *heldout):
-            shards.tokens.manifest.check_tokenizer(tokenizer.fingerprint)
+        for tokens in (stream.tokens, *(held_out.tokens for held_out in heldout)):
+            tokens.manifest.check_tokenizer(tokenizer.fingerprint)
         model = resolve_vocabulary(config.model, tokenizer.vocab_size)
         folder = open_run(config, tokenizer)
         checkpoint = resume_point(folder)

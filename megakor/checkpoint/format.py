@@ -11,12 +11,13 @@ that a reader in any layout slices what it needs. A folder is written aside unde
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megakor.files import sha256_of
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -122,12 +123,6 @@ class CheckpointManifest:
         for name, entry in self.files.items():
             if sha256_of(folder / name) != entry.sha256:
                 raise ValueError(f"{folder / name}: SHA-256 differs from the manifest's; the file is damaged")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def step_folder(run: Path, step: int) -> Path:

@@ -5,7 +5,6 @@ An error on any rank, such as a full disk, is raised on all of them, and the las
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,27 +21,10 @@ from megakor.checkpoint.format import (
     FileEntry,
     TensorEntry,
     committed,
-    sha256_of,
     step_folder,
 )
+from megakor.files import atomic_write, sha256_of, share, sync
 from megakor.train.optimizer import Piece
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    aside = path.with_name(path.name + ASIDE)
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
 
 
 def raise_together(error: Exception | None, doing: str) -> None:
@@ -63,6 +45,7 @@ def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> tuple[str,
         return name, None, []
     # Clones: safetensors refuses tensors that share storage, as slices of one flat tensor do.
     save_file({f"{p.state}/{p.name}@{p.offset}": p.values.detach().cpu().clone() for p in own}, folder / name)
+    share(folder / name)
     sync(folder / name)
     entry = FileEntry(size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
     held = [(f"{p.state}/{p.name}", list(p.shape), p.offset, p.values.numel()) for p in own]
@@ -103,7 +86,7 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
         dist.all_gather_object(results, result)
         if rank == 0:
             try:
-                commit(run, aside, folder, manifest, results)
+                commit(aside, folder, manifest, results)
                 prune(run, keep_last)
             except OSError as caught:
                 error = caught
@@ -115,7 +98,7 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
     return folder
 
 
-def commit(run: Path, aside: Path, folder: Path, manifest: CheckpointManifest, results: list) -> None:
+def commit(aside: Path, folder: Path, manifest: CheckpointManifest, results: list) -> None:
     """Write the manifest, check every file's size, rename, and point `latest` at the folder."""
     manifest.files, manifest.tensors = {}, {}
     for name, entry, held in results:
@@ -125,17 +108,18 @@ def commit(run: Path, aside: Path, folder: Path, manifest: CheckpointManifest, r
         for key, shape, offset, numel in held:
             manifest.tensors.setdefault(key, TensorEntry(shape, [])).pieces.append((name, offset, numel))
     manifest.check_sizes(aside)
-    write_text(aside / MANIFEST, manifest.to_json())
+    with atomic_write(aside / MANIFEST) as file:
+        file.write(manifest.to_json().encode())
     sync(aside)
     if folder.exists():  # the same step, saved by an earlier attempt
         shutil.rmtree(folder)
     aside.rename(folder)
     sync(folder.parent)
-    write_text(run / folder.parent.name / LATEST, folder.name)
+    with atomic_write(folder.parent / LATEST) as file:
+        file.write(folder.name.encode())
 
 
 def prune(run: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` checkpoints; 0 keeps all."""
     for folder in committed(run)[:-keep_last] if keep_last else []:
         shutil.rmtree(folder)
-

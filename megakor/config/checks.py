@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def check_parallel(parallel: ParallelConfig, precision: Precision) -> None:
     stage, stages = parallel.zero_stage, parallel.pipeline_parallel_size
     require(stage in (0, 1, 2, 3), "parallel.zero_stage", stage, "be 0, 1, 2 or 3")
     if stages > 1:
-        rule = f"be 1 with parallel.pipeline_parallel_size={stages}: DeepSpeed's pipeline keeps whole gradients and weights"
+        rule = f"be 1 with parallel.pipeline_parallel_size={stages}: DeepSpeed's pipeline keeps gradients whole"
         require(stage == 1, "parallel.zero_stage", stage, rule)
     require(stage != 3, "parallel.zero_stage", stage, "be 0, 1 or 2 in this version")
     if stage == 0:
@@ -214,7 +215,7 @@ def check_demo(config: DemoConfig) -> None:
     require(run not in (Path.cwd(), *Path.cwd().parents), "run", config.run, "be a folder of its own")
 
 
-CHECKS = {
+CHECKS: dict[type, Callable[[Any], None]] = {
     CorpusConfig: check_corpus,
     TrainTokenizerConfig: check_train_tokenizer,
     ShardConfig: check_shard,

@@ -38,7 +38,7 @@ QUIET_HYDRA = (
 )
 
 
-HYDRA_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name", "-cn")
+HYDRA_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name")
 
 
 def config_folder() -> Path:
@@ -163,13 +163,14 @@ def missing_keys(config: DictConfig, schema: type) -> list[str]:
 def unknown_key(name: str, schema: type) -> str:
     """What is wrong with a key that no field has, and the nearest ones that exist."""
     near = difflib.get_close_matches(name, known_keys(schema), n=3)
-    return f"unknown key {name}: must be one of those that --help lists" + (f"; nearest: {', '.join(near)}" if near else "")
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    return f"unknown key {name}: must be one of those that --help lists{hint}"
 
 
 def refuse_unknown(config: DictConfig, schema: type, prefix: str = "") -> None:
     """Raise on a key that a YAML file or `+key=value` added beyond the schema."""
     hints = typing.get_type_hints(schema)
-    for name in config:
+    for name in map(str, config):
         if name not in hints:
             raise ValueError(unknown_key(f"{prefix}{name}", schema))
         if dataclasses.is_dataclass(hints[name]):

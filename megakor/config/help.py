@@ -59,4 +59,3 @@ def print_help(verb: Verb, overrides: list[str]) -> None:
     add_rows(table, verb.schema, config)
     console.print()
     console.print(table, highlight=False, markup=True)
-

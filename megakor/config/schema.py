@@ -223,9 +223,9 @@ class InstructConfig(EngineConfig):
 
 @dataclass
 class CorpusConfig:
-    """Gather raw text into one cleaned corpus with a held-out split."""
+    """Gather raw text into one corpus with a held-out split."""
 
-    inputs: list[str] = key([], help=".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files or globs; empty: the sample")
+    inputs: list[str] = key([], help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet files or globs; empty: the sample")
     out: str = key(help="folder for train.jsonl, heldout.jsonl and corpus.json")
     text_key: str = key("text", help="field of the text in .jsonl and .parquet")
     id_key: str = key("id", help="field of the document's id, where there is one")

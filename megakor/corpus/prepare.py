@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megakor.config.schema import CorpusConfig
-from megakor.corpus.files import atomic_write
 from megakor.corpus.reader import Document, ReadCounts, expand, read_documents, sample_files
 from megakor.corpus.text import normalize
 from megakor.corpus.thin import cut, thin
+from megakor.files import atomic_write
 from megakor.logs import get_logger, progress
 
 FORMAT_VERSION = 1

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megakor.files import sync
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, type code, sequences, document indices
@@ -46,15 +48,6 @@ def bin_path(prefix: str | Path) -> Path:
 
 def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -124,7 +117,7 @@ class IndexedWriter:
             os.fsync(stream.fileno())
         self._temporary_bin.replace(bin_path(self.prefix))
         self._temporary_idx.replace(idx_path(self.prefix))
-        fsync_folder(bin_path(self.prefix).parent)
+        sync(bin_path(self.prefix).parent)
         return {
             bin_path(self.prefix).name: FileRecord(self.num_tokens * self.dtype.itemsize, self._sha256.hexdigest()),
             idx_path(self.prefix).name: FileRecord(len(index), hashlib.sha256(index).hexdigest()),

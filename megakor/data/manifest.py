@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from megakor.corpus.files import atomic_write
 from megakor.data.indexed import FileRecord
+from megakor.files import atomic_write, sha256_of
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -122,7 +122,7 @@ def verify_manifest(folder: str | Path) -> Manifest:
     for shard in manifest.shards:
         for name, record in shard.files.items():
             path = Path(folder) / name
-            actual = _sha256(path)
+            actual = sha256_of(path)
             if actual != record.sha256:
                 raise ValueError(f"{path}: sha256={actual} must be {record.sha256}, as the manifest says: changed")
     return manifest
@@ -173,11 +173,3 @@ def write_json(path: Path, value: Any) -> None:
 
 def _bin_name(prefix: str) -> str:
     return f"{prefix}.bin"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -113,8 +113,8 @@ class Arc:
             run(launched("pretrain", overrides))
         self.figures |= training_figures(folder) | resume_figures(folder)
         with self.stage("evaluate"):
-            command = verb("evaluate", run=folder, heldout=self.path("shards", "heldout"), train=self.path("shards", "train"))
-            measured = output(command)
+            shards = {"heldout": self.path("shards", "heldout"), "train": self.path("shards", "train")}
+            measured = output(verb("evaluate", run=folder, **shards))
         for name in ("bits_per_byte", "order0_bits_per_byte", "unigram_bits_per_byte"):
             self.figures[name] = measured[name]
 
@@ -153,13 +153,14 @@ class Arc:
             _, held_out = split(read_pairs(PairsConfig()), PairsConfig().validation_ratio)
             base, tuned = (Speaker.load(self.folder / name) for name in ("pretrain", "instruct"))
             continuations = [
-                {"prompt": prompt, "text": base.generate(GenerateConfig(run="", prompt=prompt))[0]} for prompt in prompts
+                {"prompt": prompt, "text": base.generate(GenerateConfig(run=self.path("pretrain"), prompt=prompt))[0]}
+                for prompt in prompts
             ]
-            answers = [
-                {"question": pair.question, "context": pair.context, "answer": tuned.generate(
-                    GenerateConfig(run="", question=pair.question, context=pair.context))[0]}
-                for pair in held_out[:NUM_SAMPLES]
-            ]  # fmt: skip
+            answers = []
+            for pair in held_out[:NUM_SAMPLES]:
+                asked = {"question": pair.question, "context": pair.context}
+                answer = tuned.generate(GenerateConfig(run=self.path("instruct"), **asked))[0]
+                answers.append({**asked, "answer": answer})
         samples = {"continuations": continuations, "answers": answers}
         (self.folder / SAMPLES).write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
         for sample in continuations:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,8 +58,7 @@ def rows(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """The rows of a file with their line numbers; a broken line comes as its error."""
     name = path.lower()
     if name.endswith(".csv"):
-        text = io.TextIOWrapper(Path(path).open("rb"), encoding="utf-8-sig", newline="")
-        with text:
+        with Path(path).open(encoding="utf-8-sig", newline="") as text:
             reader = csv.DictReader(text)
             try:
                 for row in reader:

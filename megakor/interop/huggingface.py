@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.reader import model_config, read_weights, resolve, run_of
 from megakor.config.schema import ExportConfig, ModelConfig, Precision
+from megakor.files import share
 from megakor.interop.model_card import write_model_card
 from megakor.interop.self_check import self_check
 from megakor.interop.tokenizer_files import eod_id, read_tokenizer_model, write_tokenizer_files
@@ -82,7 +83,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
             **self_check(aside, checkpoint),
         }
         for path in aside.glob("*.safetensors"):  # written for the owner alone
-            path.chmod((aside / "config.json").stat().st_mode)
+            share(path)
         write_model_card(aside, run_of(checkpoint), manifest, figures)
         files = sorted(path.name for path in aside.iterdir())
         figures["num_bytes"] = sum((aside / name).stat().st_size for name in files)

@@ -27,7 +27,7 @@ class Embedding(nn.Embedding):
 
 
 class Linears(Protocol):
-    """What a block asks for its linears. Column linears split their output over tensor ranks, row linears their input."""
+    """What a block asks for its linears: column linears split their output over tensor ranks, row linears their input."""
 
     def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
 
@@ -44,9 +44,7 @@ class WholeLinears:
         return Linear(in_features, out_features, bias=bias)
 
 
-def rotary_tables(
-    length: int, rotary_dim: int, base: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(length: int, rotary_dim: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of the rotary angles, fp32, each [length, rotary_dim] (RoFormer, Su et al. 2021, eq. 34)."""
     exponents = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
     positions = torch.arange(length, device=device, dtype=torch.float32)

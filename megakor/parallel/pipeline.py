@@ -23,7 +23,7 @@ from megakor.parallel.dims import ParallelDims
 TIED = "embed"
 
 
-def project_tied(embedding: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def project_tied(embedding: nn.Embedding, hidden_states: torch.Tensor) -> torch.Tensor:
     """Logits from the embedding's own rows."""
     return functional.linear(hidden_states, embedding.weight)
 

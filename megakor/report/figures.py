@@ -139,7 +139,7 @@ def _mark_checkpoints(figure: go.Figure, run: TrainingRun) -> None:
     """A triangle on the step axis for every checkpoint: filled where it is still kept."""
     if not run.checkpoints:
         return
-    saved = run.checkpoints[-MAX_POINTS:]
+    saved = run.checkpoints[: -MAX_POINTS - 1 : -1]  # the legend shows the first one's triangle: the newest's
     figure.add_scatter(
         x=[checkpoint.step for checkpoint in saved],
         y=[0.02] * len(saved),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megakor import __version__
-from megakor.corpus.files import atomic_write
+from megakor.files import atomic_write
 from megakor.logs import get_logger
 from megakor.report import words
 from megakor.report.collect import Record, Report, TrainingRun, collect
@@ -95,7 +95,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _values(records: list[Record] | Any, key: str) -> list[float]:
+def _values(records: Sequence[Record], key: str) -> list[float]:
     return [record[key] for record in records if _is_number(record.get(key))]
 
 
@@ -115,14 +115,13 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     losses = _values(run.steps, "loss")
     if losses:
         tiles.append(("training loss", words.number(losses[-1], 4), f"from {words.number(losses[0], 4)}"))
-    speeds, utilisation = _values(run.steps, "tokens_per_second"), _values(run.steps, "mfu")
-    if speeds:
-        remark = "median" + (f", {ranks} rank{'s' if ranks != 1 else ''}" if ranks else "")
-        tiles.append(("tokens / s", words.count(median(speeds)), remark))
-    if utilisation:
+    speed, utilisation = (_overall(run, summary, key) for key in ("tokens_per_second", "mfu"))
+    if speed is not None:
+        tiles.append(("tokens / s", words.count(speed), f"on {ranks} rank{'s' if ranks != 1 else ''}" if ranks else ""))
+    if utilisation is not None:
         peak = run.start.get("peak_tflops")
-        remark = f"of {words.number(float(peak), 3)} TFLOP/s" if peak else "median"
-        tiles.append(("MFU", words.percent(median(utilisation)), remark))
+        remark = f"of {words.number(float(peak), 3)} TFLOP/s" if peak else ""
+        tiles.append(("MFU", words.percent(utilisation), remark))
     if isinstance(summary.get("resume_bitwise_equal"), bool):
         equal = summary["resume_bitwise_equal"]
         tiles.append(
@@ -132,6 +131,14 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         difference = words.number(float(summary["export_max_logit_difference"]), 3)
         tiles.append(("export", difference, "largest logit difference"))
     return tiles
+
+
+def _overall(run: TrainingRun, summary: Mapping[str, Any], key: str) -> float | None:
+    """The summary's figure; where it has none, the median of the steps'."""
+    if _is_number(summary.get(key)):
+        return float(summary[key])
+    values = _values(run.steps, key)
+    return median(values) if values else None
 
 
 def _shape(run: TrainingRun) -> str:

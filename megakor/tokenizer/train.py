@@ -22,10 +22,10 @@ import numpy as np
 import sentencepiece
 
 from megakor.config.schema import TrainTokenizerConfig
-from megakor.corpus.files import atomic_write
 from megakor.corpus.reader import Document, ReadCounts, expand, read_documents
 from megakor.corpus.text import normalize
 from megakor.corpus.thin import thin
+from megakor.files import atomic_write
 from megakor.logs import Progress, get_logger, progress
 from megakor.tokenizer import special
 from megakor.tokenizer.pieces import MAX_SENTENCE_LENGTH, training_pieces

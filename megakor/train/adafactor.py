@@ -96,7 +96,7 @@ class Adafactor(torch.optim.Optimizer):
             tensor.copy_(summed.view_as(tensor))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update; every rank of the group calls."""
         assert closure is None
         self.num_steps += 1

@@ -252,4 +252,3 @@ class Engine:
         self.engine.train()
         dist.all_reduce(total)
         return float(total)
-

@@ -18,7 +18,7 @@ from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.save import save_checkpoint
 from megakor.config.schema import EngineConfig, ModelConfig
 from megakor.data.stream import Batch
-from megakor.logs import get_logger, progress
+from megakor.logs import Progress, get_logger, progress
 from megakor.model.flops import train_flops_per_token
 from megakor.model.parameters import num_parameters
 from megakor.train.device import measure_peak_tflops
@@ -33,7 +33,8 @@ log = get_logger(__name__)
 class Stream(Protocol):
     """A source of global batches that is a pure function of the step."""
 
-    num_tokens_per_step: int
+    @property
+    def num_tokens_per_step(self) -> int: ...
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]: ...
 
@@ -137,9 +138,8 @@ class Reporter:
                 config.name, f"{count:,}", training.first_step, config.train.num_steps, dist.get_world_size(),
                 training.engine.dims.pipeline, training.engine.dims.data, peak_tflops,
             )  # fmt: skip
-        self.bar = progress(
-            total=config.train.num_steps - training.first_step, unit="step", description=config.name
-        )
+        remaining = config.train.num_steps - training.first_step
+        self.bar: Progress[None] = progress(total=remaining, unit="step", description=config.name)
 
     def __enter__(self) -> Reporter:
         return self

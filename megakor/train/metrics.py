@@ -76,9 +76,7 @@ class Metrics:
         attempt: number of this start of the run.
     """
 
-    def __init__(
-        self, run: Path, name: str, config: LoggingConfig, resolved: Mapping[str, Any], attempt: int
-    ) -> None:
+    def __init__(self, run: Path, name: str, config: LoggingConfig, resolved: Mapping[str, Any], attempt: int) -> None:
         self.attempt = attempt
         self.file = (run / METRICS).open("ab+")
         if self.file.tell() and not self._ends_with_newline():

@@ -95,7 +95,7 @@ def prepare_state(
     device: torch.device,
     num_updates: int,
 ) -> None:
-    """Make the optimizer's state exist, zeroed, as after `num_updates` updates; a load then fills it through the pieces."""
+    """Make the optimizer's state exist, zeroed, as after `num_updates` updates; the pieces then let a load fill it."""
     if isinstance(optimizer, Adafactor):
         optimizer.attach(fragments, shapes, group, device)
         optimizer.num_steps = num_updates

@@ -135,7 +135,6 @@ def check_continues(
         raise ValueError("; ".join(differences) + f": the run goes on from its checkpoint of step {manifest.step}")
 
 
-
 def check_tokenizer(manifest: CheckpointManifest, tokenizer: Tokenizer) -> None:
     """Raise unless a checkpoint's model was trained with this tokenizer."""
     if manifest.tokenizer_fingerprint != tokenizer.fingerprint:

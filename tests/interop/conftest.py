@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megakor.checkpoint.format import MANIFEST, CheckpointManifest, FileEntry, TensorEntry, sha256_of, step_folder
+from megakor.checkpoint.format import MANIFEST, CheckpointManifest, FileEntry, TensorEntry, step_folder
 from megakor.config.schema import ModelConfig, TokenizerKind, TrainTokenizerConfig
+from megakor.files import sha256_of
 from megakor.model.parameters import parameter_specs
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.tokenizer.train import train_tokenizer

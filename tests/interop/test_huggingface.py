@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakor.checkpoint.format import sha256_of, step_folder
+from megakor.checkpoint.format import step_folder
+from megakor.files import sha256_of
 from megakor.checkpoint.reader import load_model
 from megakor.config.schema import ExportConfig, Precision
 from megakor.interop import export, huggingface, self_check

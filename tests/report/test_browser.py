@@ -42,7 +42,7 @@ def test_the_page_draws_every_plot_and_asks_for_nothing(browser: Browser, page: 
     names = ("loss", "bits", "lr", "norm", "speed", "mfu")
     assert [plot["id"] for plot in plots] == [f"{run}-{name}" for run in ("pretrain", "instruct") for name in names]
     for plot in plots:
-        assert plot["curves"] and all(plot["curves"]), plot
+        assert min(plot["curves"], default=0) > 0, plot
         assert 200 < plot["width"] <= plot["room"], plot
     assert [len(plot["curves"]) for plot in plots[:2]] == [3, 4]
     assert browser.evaluate("document.documentElement.scrollWidth") == width
@@ -68,4 +68,5 @@ def test_the_browser_would_tell(browser: Browser, tmp_path: Path) -> None:
     browser.open(page, 800)
     assert "http://x.example/a.png" in browser.requests
     told = " ".join(browser.complaints)
-    assert "seen" in told and "missing is not defined" in told
+    assert "seen" in told
+    assert "missing is not defined" in told

@@ -36,13 +36,16 @@ def test_checkpoints_are_those_saved_with_the_size_of_those_kept(demo: Path) -> 
 
 def test_a_demo_is_the_whole_arc(demo: Path) -> None:
     report = collect(demo)
-    assert report.is_demo and report.name == "demo"
+    assert report.is_demo
+    assert report.name == "demo"
     assert [run.title for run in report.runs] == ["Pretraining", "Instruction tuning"]
     assert list(report.shards) == ["train", "heldout"]
     train = report.shards["train"]
     assert report.runs[0].tokens_per_byte == train["num_tokens"] / train["num_text_bytes"]
     assert report.runs[1].tokens_per_byte is None
-    assert report.corpus["documents"] > 1 and report.summary["seconds"] and report.samples["answers"]
+    assert report.corpus["documents"] > 1
+    assert report.summary["seconds"]
+    assert report.samples["answers"]
 
 
 def test_the_pieces_spell_the_sentence(demo: Path) -> None:
@@ -55,7 +58,9 @@ def test_the_pieces_spell_the_sentence(demo: Path) -> None:
 
 def test_a_single_run_finds_shards_and_corpus_where_its_files_say(demo_once: Path) -> None:
     report = collect(demo_once / "pretrain")
-    assert not report.is_demo and report.name == "demo" and len(report.runs) == 1
+    assert not report.is_demo
+    assert report.name == "demo"
+    assert len(report.runs) == 1
     assert set(report.shards) == {"train", "heldout"}
     assert report.corpus["documents"] > 1
 

@@ -56,10 +56,12 @@ def test_the_page_loads_nothing(demo: Path) -> None:
     page = Page(write_report(demo))
     assert [address for address in page.addresses if not address.startswith("#")] == ["data:,"]
     assert not re.search(r"url\(|@import", page.styles)
-    assert len(page.scripts) == 3 and page.scripts[1].lstrip().startswith("/**\n* plotly.js")
+    assert len(page.scripts) == 3
+    assert page.scripts[1].lstrip().startswith("/**\n* plotly.js")
     assert not {"iframe", "object", "embed", "img", "base"} & set(page.tags)
     source = (demo / "report.html").read_text()
-    assert "default-src 'none'" in source and "connect-src" not in source
+    assert "default-src 'none'" in source
+    assert "connect-src" not in source
 
 
 def test_a_demo_shows_the_whole_arc(demo: Path) -> None:
@@ -75,7 +77,8 @@ def test_a_demo_shows_the_whole_arc(demo: Path) -> None:
 
 def test_a_run_with_nothing_but_metrics_has_a_page(bare_run: Path) -> None:
     text = Page(write_report(bare_run)).text
-    assert "Loss" in text and "Bits per byte" in text
+    assert "Loss" in text
+    assert "Bits per byte" in text
     for word in ("Corpus", "Tokenizer", "Samples", "resolved configuration", "Time and figures", "Starts", "None"):
         assert word not in text, word
 
@@ -92,7 +95,8 @@ def test_what_stands_in_files_is_text_and_never_markup(demo: Path) -> None:
     corpus.write_text(corpus.read_text().replace('"encyclopedia.jsonl"', json.dumps(evil)))
     page = Page(write_report(demo))
     assert page.text.count(evil) >= 7
-    assert page.tags.count("script") == clean.tags.count("script") and "img" not in page.tags
+    assert page.tags.count("script") == clean.tags.count("script")
+    assert "img" not in page.tags
     assert evil in json.dumps(json.loads(page.scripts[0]))
 
 
@@ -117,6 +121,8 @@ def test_the_verb_writes_the_page_or_one_line(
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main("report", run, [f"run={bare_run}"])
-    assert stopped.value.code == 1 and not (bare_run / "report.html").exists()
+    assert stopped.value.code == 1
+    assert not (bare_run / "report.html").exists()
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "at least one training step" in told
+    assert told.count("\n") == 1
+    assert "at least one training step" in told
