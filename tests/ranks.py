@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -53,9 +54,9 @@ def _rank(
         start_process_group(timeout_minutes=2)
         result = function(*args)
         end_process_group()
-        answer.send((True, result))
+        answer.send_bytes(pickle.dumps((True, result)))  # plainly: torch's own pickling would share file descriptors
     except BaseException:
-        answer.send((False, traceback.format_exc()))
+        answer.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
 def run_ranks(
@@ -88,7 +89,7 @@ def run_ranks(
             for receiver in ready:
                 rank = waiting.pop(receiver)
                 try:
-                    fine, results[rank] = receiver.recv()
+                    fine, results[rank] = pickle.loads(receiver.recv_bytes())
                 except EOFError:
                     died.append(rank)
                     continue

@@ -17,7 +17,7 @@ from typing import Any
 from megakor.config.schema import DemoConfig, GenerateConfig, PairsConfig
 from megakor.demo.commands import launched, output, override, run, run_and_kill, verb
 from megakor.generate.speaker import Speaker
-from megakor.instruct.pairs import read_pairs, split
+from megakor.instruct.pairs import Pair, read_pairs, split
 from megakor.logs import get_logger
 from megakor.train.metrics import read_metrics
 
@@ -156,17 +156,22 @@ class Arc:
                 {"prompt": prompt, "text": base.generate(GenerateConfig(run=self.path("pretrain"), prompt=prompt))[0]}
                 for prompt in prompts
             ]
-            answers = []
-            for pair in held_out[:NUM_SAMPLES]:
-                asked = {"question": pair.question, "context": pair.context}
-                answer = tuned.generate(GenerateConfig(run=self.path("instruct"), **asked))[0]
-                answers.append({**asked, "answer": answer})
+            answers = [
+                {"question": pair.question, "context": pair.context, "answer": self.answer(tuned, pair)}
+                for pair in held_out[:NUM_SAMPLES]
+            ]
         samples = {"continuations": continuations, "answers": answers}
         (self.folder / SAMPLES).write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
         for sample in continuations:
             log.info("%s ▸ %s", sample["prompt"], " ".join(sample["text"].split()))
         for sample in answers:
             log.info("%s ▸ %s", sample["question"], " ".join(sample["answer"].split()))
+
+    def answer(self, speaker: Speaker, pair: Pair) -> str:
+        """What the tuned model says to a held-out question."""
+        return speaker.generate(
+            GenerateConfig(run=self.path("instruct"), question=pair.question, context=pair.context)
+        )[0]
 
     def summarise(self) -> dict[str, Any]:
         """Write the summary, and the report over everything."""

@@ -27,7 +27,7 @@ class Embedding(nn.Embedding):
 
 
 class Linears(Protocol):
-    """What a block asks for its linears: column linears split their output over tensor ranks, row linears their input."""
+    """What a block asks for its linears: column linears split their output over ranks, row linears their input."""
 
     def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
 

@@ -190,7 +190,7 @@ def _versions() -> dict[str, str]:
         "megakor": __version__,
         "Python": platform.python_version(),
         **found,
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 

@@ -108,30 +108,13 @@ def handmade_proto(pieces: list[str]) -> ModelProto:
     return proto
 
 
-def test_unigram_ids_equal_where_sums_are_exact(unigram: Tokenizer) -> None:
-    proto = proto_of(unigram)
-    for piece in proto.pieces:
-        piece.score = round(piece.score * 256) / 256
-    processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    fast = FastTokenizer.from_str(build_tokenizer(proto).to_str())
-    for line in generated_lines(13, 3000):
-        text = normalize(line)[0]
+def test_unigram_ids_equal(unigram: Tokenizer) -> None:
+    """Exactly, ties included: the tokenizer's scores are rounded so that their sums are exact in both libraries."""
+    fast = FastTokenizer.from_str(build_tokenizer(proto_of(unigram)).to_str())
+    for line in generated_lines(13, 10_000):
         ids = fast.encode(line).ids
-        assert ids == processor.encode(text), line
-        assert fast.decode(ids) == text
-
-
-def test_unigram_differs_in_ties_only(unigram: Tokenizer) -> None:
-    proto = proto_of(unigram)
-    fast = build_tokenizer(proto)
-    differing = 0
-    for line in generated_lines(17, 3000):
-        ids, expected = fast.encode(line).ids, unigram.encode(line)
-        if ids != expected:
-            differing += 1
-            score, best = (sum(proto.pieces[index].score for index in row) for row in (ids, expected))
-            assert score == pytest.approx(best, abs=1e-3), line
-    assert differing <= 30  # 1 %
+        assert ids == unigram.encode(line), line
+        assert fast.decode(ids) == normalize(line)[0]
 
 
 def test_literals_of_unreachable_pieces_stay_text(unigram: Tokenizer) -> None:

@@ -70,9 +70,8 @@ def test_lines_are_flushed_as_they_come(tmp_path: Path) -> None:
         assert read_metrics(tmp_path)[0]["loss"] == 2.0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_diverged_run_leaves_a_file_that_any_reader_of_json_reads(tmp_path: Path, value: float) -> None:
-    attempt(tmp_path, [value])
+def test_a_diverged_run_leaves_a_file_that_any_reader_of_json_reads(tmp_path: Path) -> None:
+    attempt(tmp_path, [float("nan"), float("inf")])
 
     def refuse(name: str) -> None:
         pytest.fail(f"{name} is not JSON")
