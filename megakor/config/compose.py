@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import time
 import traceback
 import types
 import typing
@@ -37,6 +38,9 @@ QUIET_HYDRA = (
     "hydra/hydra_logging=none",
 )
 
+
+RANK_0_SPEAKS_FIRST = 5.0
+"""Seconds that other ranks wait before they tell an error: where rank 0 had it too, the launcher ends them by then."""
 
 HYDRA_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name")
 
@@ -257,6 +261,8 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if debug:
             traceback.print_exc()
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(RANK_0_SPEAKS_FIRST)
         print(f"megakor {name}: error: {one_line(error, arguments, verb.schema)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -55,10 +55,10 @@ def launched(name: str, overrides: list[str]) -> list[str]:
 
 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, with its output on ours."""
+    """Start a command in a process group of its own, with its output on our standard error."""
     log.info("$ %s", shlex.join(command))
     environment = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
 
 
 def run(command: list[str]) -> None:

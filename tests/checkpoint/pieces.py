@@ -1,0 +1,79 @@
+"""A small training state, its pieces in any cut, and saving it from one process or several."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megakor.checkpoint.format import CheckpointManifest
+from megakor.checkpoint.save import save_checkpoint
+from megakor.model.parameters import parameter_specs
+from megakor.train.optimizer import Piece
+from tests.model.configs import small
+
+MODEL = small(hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=2)
+NUM_TOKENS = 60
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def state(seed: int = 0) -> dict[tuple[str, str], torch.Tensor]:
+    """Every state tensor, whole, by (state, name)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (kind, spec.name): torch.randn(spec.shape, generator=generator)
+        for spec in parameter_specs(MODEL)
+        for kind in STATES
+    }
+
+
+def manifest(step: int, **changes: object) -> CheckpointManifest:
+    return CheckpointManifest(
+        step=step,
+        num_tokens=NUM_TOKENS,
+        model=asdict(MODEL),
+        tokenizer_fingerprint="지문",
+        optimizer={"name": "adamw", "groups": [], "steps": step - 1, "loss_scale": {}},
+        data={"seed": 1},
+        train={"name": "시험"},
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def cut(rank: int, world_size: int, seed: int) -> list[Piece]:
+    """This rank's pieces. Every rank also holds a copy of some that another one writes."""
+    rng, pieces = random.Random(seed), []
+    for (kind, name), whole in state().items():
+        size = whole.numel()
+        borders = sorted({0, size, *(rng.randint(0, size) for _ in range(rng.randint(0, 3)))})
+        for start, stop in zip(borders, borders[1:], strict=False):
+            writer, copied = rng.randrange(world_size), rng.random() < 0.2
+            if writer == rank or copied:
+                values = whole.view(-1)[start:stop].clone()
+                pieces.append(Piece(kind, name, tuple(whole.shape), start, values, writer == rank))
+    return pieces
+
+
+def whole_pieces(seed: int = 0) -> list[Piece]:
+    return [
+        Piece(kind, name, tuple(whole.shape), 0, whole.reshape(-1), True) for (kind, name), whole in state(seed).items()
+    ]
+
+
+def save(run: Path, step: int, keep_last: int = 0, seed: int = 0) -> Path:
+    """One process saves everything; the process group must be there."""
+    return save_checkpoint(run, manifest(step), whole_pieces(seed), keep_last)
+
+
+def save_cut(run: Path, step: int, seed: int) -> Path:
+    """Each rank saves its pieces."""
+    pieces = cut(dist.get_rank(), dist.get_world_size(), seed)
+    return save_checkpoint(run, manifest(step), pieces, keep_last=0)
+
+
+def snapshot(run: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}

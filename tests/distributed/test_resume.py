@@ -1,0 +1,189 @@
+"""A run that was killed goes on as if nothing had happened; one that would go on otherwise is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakor.checkpoint.reader import newest_whole
+from tests.checkpoint.pieces import snapshot
+from tests.distributed.runs import (
+    ADAFACTOR,
+    BF16,
+    PP2,
+    TIED,
+    Job,
+    Made,
+    check_same,
+    configuration,
+    curve,
+    run_all,
+    run_jobs,
+    validation,
+    zero,
+)
+from tests.ranks import run_ranks
+
+SAVING: dict[str, Any] = {"checkpoint__interval": 5}
+KILLED = {
+    "dp2 zero1 fp32": {},
+    "dp2 zero1 bf16": BF16,
+    "pp2 zero1 bf16": PP2 | BF16,
+    "pp2 tied fp32": PP2 | TIED,
+    "dp2 zero2 bf16": zero(2) | BF16,
+    "dp2 zero0 fp32": zero(0),
+    "dp2 adafactor fp32": ADAFACTOR,
+    "pp2 adafactor bf16": PP2 | ADAFACTOR | BF16,
+}
+
+
+@pytest.fixture(scope="module")
+def killed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each run three times: whole; killed in step 8; and the killed one again, in new processes."""
+    folder = tmp_path_factory.mktemp("killed")
+    whole = [Job(configuration(made, folder / "whole" / name, **SAVING | changes)) for name, changes in KILLED.items()]
+    run_all(2, whole)
+    again = []
+    for index, (name, changes) in enumerate(KILLED.items()):
+        config = configuration(made, folder / "killed" / name, **SAVING | changes)
+        run_ranks(run_jobs, 2, [Job(config, kill=7, rank=index % 2)], killed=True)
+        assert 5 <= len(curve(folder / "killed" / name)) <= 7
+        again.append(Job(config))
+    saving = configuration(made, folder / "killed" / "while saving", **SAVING)
+    run_ranks(run_jobs, 2, [Job(saving, kill_saving=10)], killed=True)
+    assert [path.name for path in (folder / "killed/while saving/checkpoints").glob("*10*")] == ["step-00000010.writing"]
+    again.append(Job(saving))
+    assert [error for error, _ in run_all(2, again)] == [None] * len(again)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*KILLED, "while saving"])
+def test_bitwise(killed: Path, name: str) -> None:
+    whole = killed / "whole" / ("dp2 zero1 fp32" if name == "while saving" else name)
+    again = killed / "killed" / name
+    assert len(curve(whole)) == 12
+    assert curve(again) == curve(whole)
+    assert validation(again) == validation(whole)
+    last, expected = newest_whole(again, contents=True), newest_whole(whole, contents=True)
+    assert last is not None and expected is not None and last.name == "step-00000012"
+    for file in expected.glob("*.safetensors"):
+        assert (last / file.name).read_bytes() == file.read_bytes()
+    assert not list(again.glob("checkpoints/*.writing"))
+
+
+CHAINS = {"plain": {}, "tied": TIED, "adafactor": ADAFACTOR}
+
+
+@pytest.fixture(scope="module")
+def chained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps each: two replicas, two stages, ZeRO-2, then one rank."""
+    folder = tmp_path_factory.mktemp("chained")
+    jobs, last = [], []
+    for name, changes in CHAINS.items():
+        every = SAVING | {"checkpoint__interval": 3} | changes
+        layouts = [{}, PP2, zero(2)]
+        for number, layout in enumerate(layouts, 1):
+            jobs.append(Job(configuration(made, folder / name, **every | layout), stop=3 * number))
+        last.append(Job(configuration(made, folder / name, **every | {"train__micro_batch_size": 4})))
+        last.append(Job(configuration(made, folder / f"{name}, one rank", **changes)))
+    for number in range(3):
+        run_all(2, jobs[number::3])  # one link of each chain, in processes of its own
+    for name in CHAINS:
+        assert [row[0] for row in curve(folder / name)] == list(range(1, 10))
+    run_all(1, last)
+    return folder
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_resume_in_another_layout(chained: Path, name: str) -> None:
+    found, expected = curve(chained / name), curve(chained / f"{name}, one rank")
+    assert [row[0] for row in found] == [row[0] for row in expected] == list(range(1, 13))
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def started(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped after step 6 of 12, with two checkpoints."""
+    run = tmp_path_factory.mktemp("started") / "run"
+    run_ranks(run_jobs, 1, [Job(configuration(made, run, checkpoint__interval=3), stop=6)])
+    return run
+
+
+def test_what_would_go_on_otherwise_is_refused(started: Path, made: Made, other: Made, tmp_path: Path) -> None:
+    cases: dict[str, tuple[PretrainChanges, list[str]]] = {
+        "tokenizer": ({"data__train": other.train, "data__tokenizer": other.tokenizer, "data__validation": {}},
+                      ["tokenizer=", "data.manifest=", "model.vocab_size=1152 must be 1408"]),
+        "data": ({"data__train": made.heldout}, ["data.manifest="]),
+        "order": ({"train__seed": 8, "train__sequence_length": 16}, ["seed=8 must be 7", "sequence_length=16 must be 32"]),
+        "batch": ({"train__global_batch_size": 16}, ["global_batch_size=16 must be 8"]),
+        "model": ({"model__hidden_size": 64, "model__tie_word_embeddings": True, "model__num_hidden_layers": 2},
+                  ["model.hidden_size=64 must be 32", "model.tie_word_embeddings=True must be False",
+                   "model.num_hidden_layers=2 must be 3"]),
+        "optimizer": (ADAFACTOR, ["optimizer.name=adafactor must be adamw"]),
+        "never": ({"checkpoint__resume": "never"}, ["run=", "checkpoint.resume=never"]),
+    }  # fmt: skip
+    jobs = []
+    for name, (changes, _) in cases.items():
+        shutil.copytree(started, tmp_path / name)
+        jobs.append(Job(configuration(made, tmp_path / name, **changes)))
+    [answers] = run_ranks(run_jobs, 1, jobs)
+    for (name, (_, words)), (error, _) in zip(cases.items(), answers, strict=True):
+        assert error is not None, name
+        for word in words:
+            assert word in error, (name, error)
+
+
+PretrainChanges = dict[str, Any]
+
+
+def test_a_refused_run_leaves_the_run_folder_as_it_is(started: Path, made: Made, other: Made, tmp_path: Path) -> None:
+    """Its configuration and tokenizer belong to its checkpoints: export and generation read them."""
+    shutil.copytree(started, tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    changes = {"data__train": other.train, "data__tokenizer": other.tokenizer, "data__validation": {}}
+    [[(error, _)]] = run_ranks(run_jobs, 1, [Job(configuration(made, tmp_path / "run", **changes))])
+    assert error is not None
+    after = snapshot(tmp_path / "run")
+    assert {name for name in before | after if before.get(name) != after.get(name)} == set()
+
+
+def test_what_may_change_on_a_resume(started: Path, made: Made, tmp_path: Path) -> None:
+    shutil.copytree(started, tmp_path / "run")
+    changes = {"train__micro_batch_size": 1, "optimizer__lr": 1e-3, "train__num_steps": 14, "train__precision": "bf16"}
+    [[(error, _)]] = run_ranks(run_jobs, 1, [Job(configuration(made, tmp_path / "run", **changes))])
+    assert error is None
+    assert [row[0] for row in curve(tmp_path / "run")] == list(range(1, 15))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(started: Path, made: Made, tmp_path: Path) -> None:
+    jobs = []
+    for name in ("damaged", "all damaged", "whole", "done"):
+        shutil.copytree(started, tmp_path / name)
+        jobs.append(Job(configuration(made, tmp_path / name, checkpoint__interval=3)))
+    for name, steps in (("damaged", (6,)), ("all damaged", (3, 6))):
+        for step in steps:
+            file = tmp_path / name / f"checkpoints/step-{step:08d}/rank-00000.safetensors"
+            data = bytearray(file.read_bytes())
+            data[-9] ^= 1
+            file.write_bytes(data)
+    before = snapshot(tmp_path / "all damaged" / "checkpoints")
+    [answers] = run_ranks(run_jobs, 1, [*jobs, jobs[-1]])
+    (error, lines), (all_error, _), (whole_error, _), *_, (done_error, done_lines) = answers
+    assert error is None and whole_error is None and done_error is None
+    assert any(line.startswith("WARNING") and "step-00000006" in line and "damaged" in line for line in lines)
+    assert curve(tmp_path / "damaged") == curve(tmp_path / "whole")
+    assert newest_whole(tmp_path / "damaged", contents=True) == tmp_path / "damaged/checkpoints/step-00000012"
+    assert all_error is not None and "must hold a whole checkpoint" in all_error
+    assert snapshot(tmp_path / "all damaged" / "checkpoints") == before
+    assert any("nothing to do" in line for line in done_lines)
+
+
+def test_ranks_that_disagree_are_told_on_every_rank(made: Made, tmp_path: Path) -> None:
+    first = configuration(made, tmp_path / "run")
+    second = configuration(made, tmp_path / "run", optimizer__lr=1e-4)
+    answers = run_ranks(check_same, 2, first, second)
+    assert answers == ["optimizer.lr=0.0001 on rank 1 must equal rank 0's, 0.003"] * 2
