@@ -34,7 +34,12 @@ def context() -> multiprocessing.context.BaseContext:
 
 
 def _rank(
-    answer: multiprocessing.connection.Connection, function: Callable, rank: int, world_size: int, port: int, args: tuple
+    answer: multiprocessing.connection.Connection,
+    function: Callable,
+    rank: int,
+    world_size: int,
+    port: int,
+    args: tuple,
 ) -> None:
     os.environ |= {
         "RANK": str(rank),

@@ -82,6 +82,13 @@ def field_type(schema: type, dotted: str) -> Any:
     return current
 
 
+def in_open_section(schema: type, dotted: str) -> bool:
+    """Whether a key lies in a section whose keys are free, such as `deepspeed`."""
+    parts = dotted.split(".")
+    parents = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return any(typing.get_origin(field_type(schema, parent)) is dict for parent in parents)
+
+
 def quoted(text: str) -> str:
     """A Hydra string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if text else "''"
@@ -96,6 +103,8 @@ def quote_override(argument: str, schema: type, multirun: bool) -> str:
     if not equals or name.startswith(("-", "hydra")):
         return argument
     kind = field_type(schema, name.lstrip("+~"))
+    if kind is None and not name.startswith(("+", "~")) and in_open_section(schema, name):
+        name, argument = f"++{name}", f"++{argument}"  # Hydra's sign for a key that may be new
     already = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
     if already or value.startswith("${"):
         return argument
@@ -218,11 +227,7 @@ def one_line(error: BaseException, arguments: list[str], schema: type) -> str:
             name = argument.partition("=")[0].lstrip("+~")
             if "=" in argument and not name.startswith("-") and field_type(schema, name) is None:
                 groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
-                open_section = any(
-                    typing.get_origin(field_type(schema, name.rsplit(".", depth)[0])) is dict
-                    for depth in range(1, name.count(".") + 1)
-                )
-                if name not in groups and not name.startswith("hydra") and not open_section:
+                if name not in groups and not name.startswith("hydra") and not in_open_section(schema, name):
                     return unknown_key(name, schema)
         text = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
         text = text.partition("Config search path")[0]

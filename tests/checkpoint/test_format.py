@@ -44,7 +44,18 @@ def test_a_missing_manifest(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "null", "[]", "3", '"x"', "{}", '{"version": 1}', '{"version": 1, "files": [], "tensors": {}}', "\x00" * 20],
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "3",
+        '"x"',
+        "{}",
+        '{"version": 1}',
+        '{"version": 1, "files": [], "tensors": {}}',
+        "\x00" * 20,
+    ],
 )
 def test_a_damaged_manifest(saved: Path, text: str) -> None:
     (saved / MANIFEST).write_text(text)

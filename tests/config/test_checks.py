@@ -171,9 +171,17 @@ def test_every_rule_is_broken_by_a_test() -> None:
     """Keys that a check names literally, all of which have a bad value above."""
     named: set[str] = set()
     for node in ast.walk(ast.parse(inspect.getsource(checks))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("require", "positive", "share"):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("require", "positive", "share")
+        ):
             for argument in node.args:
-                if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and re.match(r"[a-z_., ]+$", argument.value):
+                if (
+                    isinstance(argument, ast.Constant)
+                    and isinstance(argument.value, str)
+                    and re.match(r"[a-z_., ]+$", argument.value)
+                ):
                     if "." in argument.value or argument.value in known_plain():
                         named.add(argument.value)
     broken = {what.partition("=")[0] for _, _, what, _ in BAD}

@@ -23,7 +23,7 @@ TEXTS = [
     "[a, b]",
     "{중괄호: 1}",
     "(소괄호)",
-    "큰\"따옴표",
+    '큰"따옴표',
     "작은'따옴표",
     "'안녕' 하고 '인사'",
     '"안녕" 하고 "인사"',
@@ -74,7 +74,9 @@ def test_any_string_is_taken_as_it_is(text: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(st.sampled_from("가나a1/*.-_ "), min_size=1, max_size=6).map(str.strip).filter(bool), max_size=3))
+@given(
+    st.lists(st.text(st.sampled_from("가나a1/*.-_ "), min_size=1, max_size=6).map(str.strip).filter(bool), max_size=3)
+)
 def test_lists(items: list[str]) -> None:
     assert parsed(f"inputs=[{','.join(items)}]", CorpusConfig) == items
 
@@ -134,7 +136,10 @@ def test_numbers_and_choices_keep_their_types() -> None:
 
 def test_the_deepspeed_section_passes_through() -> None:
     config = composed(
-        "pretrain", *PRETRAIN, "+deepspeed.wall_clock_breakdown=true", "+deepspeed.zero_optimization.reduce_bucket_size=7"
+        "pretrain",
+        *PRETRAIN,
+        "+deepspeed.wall_clock_breakdown=true",
+        "+deepspeed.zero_optimization.reduce_bucket_size=7",
     )
     assert config.deepspeed == {"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": 7}}
 

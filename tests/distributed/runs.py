@@ -211,5 +211,7 @@ def curve(run: Path) -> Curve:
 
 
 def validation(run: Path) -> list[tuple[int, float, float]]:
-    found = {r["step"]: (r["step"], r["loss"], r["bits_per_byte"]) for r in read_metrics(run) if r["kind"] == "validation"}
+    found = {
+        r["step"]: (r["step"], r["loss"], r["bits_per_byte"]) for r in read_metrics(run) if r["kind"] == "validation"
+    }
     return [found[step] for step in sorted(found)]

@@ -11,7 +11,19 @@ import torch
 from megakor.checkpoint.reader import load_model, read_weights, resolve
 from megakor.data.stream import HeldoutSet
 from megakor.model.loss import masked_loss
-from tests.distributed.runs import ADAFACTOR, BF16, PP2, TIED, Job, Made, configuration, curve, run_all, validation, zero
+from tests.distributed.runs import (
+    ADAFACTOR,
+    BF16,
+    PP2,
+    TIED,
+    Job,
+    Made,
+    configuration,
+    curve,
+    run_all,
+    validation,
+    zero,
+)
 
 ONE_RANK = {
     "dp1": {},
@@ -58,7 +70,9 @@ def folder(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def far(first: list[tuple[int, float, float]], second: list[tuple[int, float, float]]) -> float:
     """The largest relative difference between two curves."""
     assert [row[0] for row in first] == [row[0] for row in second] and len(first) > 1
-    return max(abs(a - b) / max(abs(a), abs(b)) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+    return max(
+        abs(a - b) / max(abs(a), abs(b)) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +125,9 @@ def test_validation_is_that_of_the_saved_model(folder: Path, made: Made, name: s
             batch = held.windows(row, 1)
             logits = model(torch.from_numpy(batch.input_ids))
             mask = torch.from_numpy(batch.loss_mask)
-            total += masked_loss(logits, torch.from_numpy(batch.labels), mask, torch.tensor(1.0), manifest.num_tokens).item()
+            total += masked_loss(
+                logits, torch.from_numpy(batch.labels), mask, torch.tensor(1.0), manifest.num_tokens
+            ).item()
     step, loss, bits = validation(folder / name)[-1]
     assert step == 12
     assert loss == pytest.approx(total / held.num_tokens, rel=1e-5)
@@ -119,11 +135,16 @@ def test_validation_is_that_of_the_saved_model(folder: Path, made: Made, name: s
     assert held.num_windows % 4  # the last round has rows past the end
 
 
-@pytest.mark.parametrize(("reference", "name"), [("dp1", "dp2"), ("dp1", "pp2"), ("dp1 tied", "pp2 tied"), ("dp1 adafactor", "dp2 adafactor zero2")])
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [("dp1", "dp2"), ("dp1", "pp2"), ("dp1 tied", "pp2 tied"), ("dp1 adafactor", "dp2 adafactor zero2")],
+)
 def test_the_weights_agree(folder: Path, reference: str, name: str) -> None:
     first, second = read_weights(resolve(folder / reference)), read_weights(resolve(folder / name))
     assert first.keys() == second.keys()
     for key in first:
         if key.endswith("query_key_value.bias"):
             continue  # the keys' share of it has no effect on the loss: its gradient is rounding, which Adam enlarges
-        torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            first[key], second[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )

@@ -54,7 +54,9 @@ def killed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
         again.append(Job(config))
     saving = configuration(made, folder / "killed" / "while saving", **SAVING)
     run_ranks(run_jobs, 2, [Job(saving, kill_saving=10)], killed=True)
-    assert [path.name for path in (folder / "killed/while saving/checkpoints").glob("*10*")] == ["step-00000010.writing"]
+    assert [path.name for path in (folder / "killed/while saving/checkpoints").glob("*10*")] == [
+        "step-00000010.writing"
+    ]
     again.append(Job(saving))
     assert [error for error, _ in run_all(2, again)] == [None] * len(again)
     return folder

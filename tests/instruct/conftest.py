@@ -13,6 +13,4 @@ from megakor.instruct.template import chat_template
 @pytest.fixture(scope="session")
 def tokenizer_with_template() -> PreTrainedTokenizerFast:
     plain = Tokenizer(WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, eos_token="<|endoftext|>", chat_template=chat_template()
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<|endoftext|>", chat_template=chat_template())

@@ -77,7 +77,9 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
     for name in reversed(specs):
         assert torch.equal(first[name], specs[name].initial_value(7)), name
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
-    other = {spec.name: spec.initial_value(7) for spec in parameter_specs(small(tie_word_embeddings=True, vocab_size=64))}
+    other = {
+        spec.name: spec.initial_value(7) for spec in parameter_specs(small(tie_word_embeddings=True, vocab_size=64))
+    }
     for name, value in other.items():
         assert torch.equal(value, first[name]), name
     assert set(first) - set(other) == {"embed_out.weight"}

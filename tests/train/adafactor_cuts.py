@@ -98,9 +98,7 @@ def train(cuts: list[Cut], rank: int, group: dist.ProcessGroup | None) -> list[t
             piece = whole[fragment.name].view(-1)[fragment.offset : fragment.offset + fragment.numel]
             fragment.of(fragment.flat.grad).copy_(piece)  # type: ignore[arg-type]
         optimizer.step()
-    return [
-        (Cut(rank, f.name, f.offset, f.numel), f.of(f.flat.data).clone()) for f in fragments
-    ]
+    return [(Cut(rank, f.name, f.offset, f.numel), f.of(f.flat.data).clone()) for f in fragments]
 
 
 def train_all(variants: list[list[Cut]]) -> list[list[tuple[Cut, torch.Tensor]]]:
