@@ -59,7 +59,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m tests.benchmarks.train_step $(ARGS)
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

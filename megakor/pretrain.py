@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from megakor.checkpoint.reader import CheckpointValues
 from megakor.config.compose import main
@@ -11,7 +12,7 @@ from megakor.data.stream import HeldoutSet, PretrainStream
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine, SeededValues, Values
 from megakor.train.loop import Training, train
-from megakor.train.run import check_continues, open_run, process_group, resolve_vocabulary, resume_point
+from megakor.train.run import check_continues, process_group, resolve_vocabulary, resume_point, write_run
 
 
 def run(config: PretrainConfig) -> None:
@@ -27,10 +28,9 @@ def run(config: PretrainConfig) -> None:
         )
         heldout = [HeldoutSet(name, folder, size.sequence_length) for name, folder in config.data.validation.items()]
         for tokens in (stream.tokens, *(held_out.tokens for held_out in heldout)):
-            tokens.manifest.check_tokenizer(tokenizer.fingerprint)
+            tokens.manifest.check_tokenizer(tokenizer.fingerprint, f"data.tokenizer={config.data.tokenizer}")
         model = resolve_vocabulary(config.model, tokenizer.vocab_size)
-        folder = open_run(config, tokenizer)
-        checkpoint = resume_point(folder)
+        checkpoint = resume_point(config)
         with ExitStack() as stack:
             values: Values = SeededValues(model, size.seed)
             first_step = 0
@@ -38,8 +38,9 @@ def run(config: PretrainConfig) -> None:
                 values = saved = stack.enter_context(CheckpointValues(checkpoint))
                 check_continues(saved.manifest, config, model, tokenizer.fingerprint, stream.state())
                 first_step = saved.manifest.step
+            write_run(config, tokenizer)
             engine = Engine(config, model, tokenizer.vocab_size, dims, values)
-        train(Training(config, folder, engine, stream, heldout, tokenizer.fingerprint, first_step))
+        train(Training(config, Path(config.run), engine, stream, heldout, tokenizer.fingerprint, first_step))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
 
 def check_generate(config: GenerateConfig) -> None:
     given = [name for name in ("prompt", "question") if getattr(config, name) is not None]
-    require(len(given) == 1, "prompt, question", given, "be given one of the two")
+    if len(given) != 1:
+        raise ValueError(f"either prompt= or question= must be given, not {' and '.join(given) or 'neither'}")
     require(not config.context or config.question is not None, "context", config.context, "come with a question")
     positive("max_new_tokens", config.max_new_tokens)
     positive("temperature", config.temperature, allow_zero=True)

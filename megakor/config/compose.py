@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -28,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megakor.config.checks import check
-from megakor.config.verbs import VERBS
+from megakor.config.verbs import VERBS, Verb
 
 QUIET_HYDRA = (
     "hydra.run.dir=.",
@@ -42,6 +43,7 @@ QUIET_HYDRA = (
 RANK_0_SPEAKS_FIRST = 5.0
 """Seconds that other ranks wait before they tell an error: where rank 0 had it too, the launcher ends them by then."""
 
+MERGE_ERROR = "Error merging override "
 HYDRA_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name")
 
 
@@ -135,7 +137,16 @@ class Arguments:
     help: bool = False
 
 
-def sort_arguments(arguments: list[str], schema: type) -> Arguments:
+def check_experiment(argument: str, verb: Verb) -> None:
+    """Raise where a named run belongs to another verb."""
+    group, _, name = argument.partition("=")
+    if group == "experiment" and name not in ("", "null") and not verb.owns_experiment(name):
+        known = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+        own = [experiment for experiment in known if verb.owns_experiment(experiment)]
+        raise ValueError(f"experiment={name} must be one of {verb.name}'s: {', '.join(own)}")
+
+
+def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
     """Take our own flags and the launcher's `--local_rank` out of a command line and quote the overrides."""
     sorted_ = Arguments(hydra=list(QUIET_HYDRA))
     multirun = bool({"-m", "--multirun"} & set(arguments))
@@ -156,10 +167,11 @@ def sort_arguments(arguments: list[str], schema: type) -> Arguments:
             flags.append(argument)
             if argument in HYDRA_OPTIONS_WITH_VALUE:
                 flags.append(next(waiting, ""))
-        elif "=" not in argument:
+        elif "=" not in argument and not argument.startswith("~"):
             raise ValueError(f"argument {argument!r} must be of the form key=value")
         else:
-            sorted_.hydra.append(quote_override(argument, schema, multirun))
+            check_experiment(argument, verb)
+            sorted_.hydra.append(quote_override(argument, verb.schema, multirun))
     sorted_.hydra += flags  # argparse takes overrides in one run only, and flags behind them
     return sorted_
 
@@ -235,6 +247,8 @@ def one_line(error: BaseException, arguments: list[str], schema: type) -> str:
         text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("reference_type=", "object_type=", "full_key:", "^"))]
+    if lines and lines[0].startswith(MERGE_ERROR):
+        lines[0] = lines[0].removeprefix(MERGE_ERROR) + ":"
     return "; ".join(lines).replace(":;", ":") or type(error).__name__
 
 
@@ -252,15 +266,16 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
     register_schemas()
     debug = "--debug" in arguments
     try:
-        sorted_ = sort_arguments(arguments, verb.schema)
+        sorted_ = sort_arguments(arguments, verb)
         if sorted_.help:
             from megakor.config.help import print_help
 
             return print_help(verb, sorted_.hydra)
 
         composed: list[DictConfig] = []  # one, or several under --multirun
-        sys.argv = [verb.module, *sorted_.hydra]
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed.append)()
+        with tempfile.TemporaryDirectory() as folder:  # for the file that Hydra writes under --multirun
+            sys.argv = [verb.module, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=.", *sorted_.hydra]
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed.append)()
         for config in [to_object(config, verb.schema) for config in composed]:
             run(config)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

@@ -70,12 +70,12 @@ class Manifest:
         tokens = [[shard.num_tokens, shard.files[_bin_name(shard.prefix)].sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps([identity, tokens], separators=(",", ":")).encode()).hexdigest()
 
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """ValueError unless the tokenizer with this fingerprint made the shards."""
+    def check_tokenizer(self, fingerprint: str, key: str) -> None:
+        """ValueError, naming the configuration key, unless the tokenizer with this fingerprint made the shards."""
         if fingerprint != self.tokenizer_fingerprint:
             raise ValueError(
-                f"data.tokenizer: fingerprint={fingerprint[:12]}… must be that of the tokenizer that made the shards, "
-                f"{self.tokenizer_fingerprint[:12]}…"
+                f"{key}: the tokenizer's fingerprint={fingerprint[:12]}… must be that of the tokenizer that made the "
+                f"shards, {self.tokenizer_fingerprint[:12]}…"
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ share one token, and samples cross documents and shards. `PretrainStream` deals 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,11 @@ class TokenStream:
     def num_samples(self, sequence_length: int) -> int:
         """Whole samples in the stream. ValueError when there is none."""
         if sequence_length < 1:
-            raise ValueError(f"sequence_length={sequence_length} must be at least 1")
+            raise ValueError(f"train.sequence_length={sequence_length} must be at least 1")
         num_samples = (self.num_tokens - 1) // sequence_length
         if num_samples < 1:
             raise ValueError(
-                f"sequence_length={sequence_length} must be below the number of tokens in {self.folder}: "
+                f"train.sequence_length={sequence_length} must be below the number of tokens in {self.folder}: "
                 f"{self.num_tokens}"
             )
         return num_samples
@@ -132,22 +131,14 @@ class PretrainStream:
         return Batch(inputs, labels, mask, self.num_tokens_per_step)
 
     def state(self) -> dict[str, Any]:
-        """What the order depends on, for the checkpoint; the position is the step, which the trainer keeps."""
+        """What every batch depends on besides its step, by configuration key; a resumed run must have the same."""
         return {
             "order_version": ORDER_VERSION,
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "global_batch_size": self.global_batch_size,
-            "manifest": self._fingerprint,
+            "train.seed": self.seed,
+            "train.sequence_length": self.sequence_length,
+            "train.global_batch_size": self.global_batch_size,
+            "data.train": self._fingerprint,
         }
-
-    def check_state(self, saved: Mapping[str, Any]) -> None:
-        """ValueError naming the first key in which a checkpoint's state differs: its run saw another stream."""
-        for name, value in self.state().items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{name}={value} must be {saved.get(name)}, as in the checkpoint: the data would go on elsewhere"
-                )
 
 
 class HeldoutSet:
@@ -159,7 +150,7 @@ class HeldoutSet:
 
     def __init__(self, name: str, folder: str | Path, sequence_length: int) -> None:
         if sequence_length < 1:
-            raise ValueError(f"sequence_length={sequence_length} must be at least 1")
+            raise ValueError(f"train.sequence_length={sequence_length} must be at least 1")
         self.name = name
         self.tokens = TokenStream(folder)
         self.sequence_length = sequence_length

@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tokenizer = Tokenizer.load(run_of(checkpoint) / "tokenizer")
     sequence_length = manifest.train["train"]["sequence_length"]
     heldout = HeldoutSet("heldout", config.heldout, sequence_length)
-    heldout.tokens.manifest.check_tokenizer(manifest.tokenizer_fingerprint)
+    heldout.tokens.manifest.check_tokenizer(manifest.tokenizer_fingerprint, f"run={config.run}")
     size = heldout.num_text_bytes
     bits = model_bits(model, heldout, manifest.num_tokens, config.micro_batch_size)
     figures: dict[str, Any] = {
@@ -84,6 +84,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
     if config.train is not None:
         train = TokenStream(config.train)
-        train.manifest.check_tokenizer(manifest.tokenizer_fingerprint)
+        train.manifest.check_tokenizer(manifest.tokenizer_fingerprint, f"run={config.run}")
         figures["unigram_bits_per_byte"] = unigram_bits(train, heldout.tokens, manifest.num_tokens) / size
     return figures

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch.distributed as dist
 
-from megakor.checkpoint.reader import CheckpointValues, model_config, resolve
+from megakor.checkpoint.reader import CheckpointValues, model_config, resolve, run_of
 from megakor.config.checks import check_fit
 from megakor.config.compose import main
 from megakor.config.schema import InstructConfig
+from megakor.files import atomic_write
 from megakor.instruct.pairs import read_pairs, split
 from megakor.instruct.stream import HeldoutPairs, PairStream, tokenise
 from megakor.instruct.template import FILE, chat_template
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine
 from megakor.train.loop import Training, train
-from megakor.train.run import check_continues, check_tokenizer, open_run, process_group, resume_point
+from megakor.train.run import check_continues, check_tokenizer, process_group, resume_point, write_run
 
 
 def run(config: InstructConfig) -> None:
     """Train to `train.num_steps`, from the run folder's own newest checkpoint or from the base's weights."""
     with process_group(config) as dims, ExitStack() as stack:
-        values = stack.enter_context(CheckpointValues(resolve(config.base), with_optimizer=False))
+        base = resolve(config.base)
+        if run_of(base).resolve() == Path(config.run).resolve():
+            raise ValueError(f"run={config.run} must be another folder than base={config.base}")
+        values = stack.enter_context(CheckpointValues(base, with_optimizer=False))
         model = model_config(values.manifest)
         check_fit(config, model)
         tokenizer = Tokenizer.load(config.tokenizer)
@@ -38,15 +43,17 @@ def run(config: InstructConfig) -> None:
         )
         examples = tokenise(held_out, tokenizer, size.sequence_length)
         heldout = [HeldoutPairs("pairs", examples, tokenizer.eod_id, size.sequence_length)] if examples else []
-        folder = open_run(config, tokenizer)
-        if dist.get_rank() == 0:
-            (folder / "tokenizer" / FILE).write_text(chat_template(), encoding="utf-8")
-        checkpoint = resume_point(folder)
+        checkpoint = resume_point(config)
         first_step = 0
         if checkpoint is not None:
             values = stack.enter_context(CheckpointValues(checkpoint))
             check_continues(values.manifest, config, model, tokenizer.fingerprint, stream.state())
             first_step = values.manifest.step
+        write_run(config, tokenizer)
+        folder = Path(config.run)
+        if dist.get_rank() == 0:
+            with atomic_write(folder / "tokenizer" / FILE) as file:
+                file.write(chat_template().encode())
         engine = Engine(config, model, tokenizer.vocab_size, dims, values)
         train(Training(config, folder, engine, stream, heldout, tokenizer.fingerprint, first_step))
 

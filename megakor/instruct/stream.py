@@ -99,16 +99,16 @@ class PairStream:
         ]  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What fixes every batch, together with the step."""
+        """What every batch depends on besides its step, by configuration key; a resumed run must have the same."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(np.asarray([example.prompt_length, *example.ids], dtype=np.int64).tobytes())
         return {
             "order_version": ORDER_VERSION,
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "global_batch_size": self.global_batch_size,
-            "pairs": digest.hexdigest(),
+            "train.seed": self.seed,
+            "train.sequence_length": self.sequence_length,
+            "train.global_batch_size": self.global_batch_size,
+            "pairs.files": digest.hexdigest(),
         }
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from megakor.checkpoint.format import CheckpointManifest
-from megakor.logs import get_logger
-
-logger = get_logger(__name__)
+from megakor.train.metrics import read_metrics
 
 
 def write_model_card(out: Path, run: Path, manifest: CheckpointManifest, figures: dict[str, Any]) -> None:
@@ -82,7 +79,7 @@ def _shape(model: dict[str, Any]) -> str:
 
 def _results(run: Path, manifest: CheckpointManifest) -> list[tuple[str, object]]:
     """What `metrics.jsonl` says of the run up to the exported step."""
-    records = [record for record in read_metrics(run / "metrics.jsonl") if record["step"] <= manifest.step]
+    records = [record for record in read_metrics(run) if record["step"] <= manifest.step]
     rows: list[tuple[str, object]] = [("optimizer steps", f"{manifest.step:,}")]
     training = [record for record in records if record["kind"] == "train"]
     if training:
@@ -94,22 +91,6 @@ def _results(run: Path, manifest: CheckpointManifest) -> list[tuple[str, object]
         rows.append((f"loss on `{name}` at step {record['step']:,}", f"{record['loss']:.4f} nats per token"))
         rows.append((f"bits per byte on `{name}`", f"{record['bits_per_byte']:.4f}"))
     return rows
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in the order they were written; none where there is no such file.
-
-    A run that was killed leaves a line cut off: such lines are left out with a warning.
-    """
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s:%d is not a whole record and is left out of the model card", path, number)
-    return records
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:

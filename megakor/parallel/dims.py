@@ -32,7 +32,9 @@ class ParallelDims:
         if data is None:
             if world_size % others:
                 raise ValueError(
-                    f"tensor × pipeline × context parallel sizes = {others} must divide the number of processes, "
+                    f"parallel.tensor_parallel_size={config.tensor_parallel_size} × "
+                    f"pipeline_parallel_size={config.pipeline_parallel_size} × "
+                    f"context_parallel_size={config.context_parallel_size} must divide the number of processes, "
                     f"{world_size}"
                 )
             data = world_size // others

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from datetime import timedelta
 
 import deepspeed
@@ -43,6 +44,7 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
 
     On CPUs the ranks of a node share its cores, unless OMP_NUM_THREADS says otherwise.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
@@ -68,7 +70,7 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def measure_peak_tflops(precision: Precision, seconds: float = 0.5, size: int = 1024) -> float:
+def measure_peak_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -> float:
     """Matmul rate of all ranks together, TFLOP/s; every rank calls, and all measure at once.
 
     The best of square matmuls of `size` on CPUs and 8 × `size` elsewhere, in the run's arithmetic.

@@ -20,6 +20,7 @@ import yaml
 from megakor.checkpoint.format import CheckpointManifest, committed
 from megakor.checkpoint.reader import newest_whole
 from megakor.config.schema import EngineConfig, ModelConfig
+from megakor.files import atomic_write
 from megakor.logs import get_logger
 from megakor.parallel.dims import ParallelDims
 from megakor.tokenizer.tokenizer import Tokenizer
@@ -72,20 +73,19 @@ def process_group(config: EngineConfig) -> Iterator[ParallelDims]:
     end_process_group()
 
 
-def open_run(config: EngineConfig, tokenizer: Tokenizer) -> Path:
-    """Make the run folder and put the resolved configuration and the tokenizer into it."""
+def write_run(config: EngineConfig, tokenizer: Tokenizer) -> None:
+    """Make the run folder and put the resolved configuration and the tokenizer into it.
+
+    Called when everything about the run has been checked: a refused run leaves the folder as it was.
+    """
     run = Path(config.run)
-    used = (run / CONFIG).is_file()
-    dist.barrier()  # every rank has looked before rank 0 writes
-    if config.checkpoint.resume == "never" and used:
-        raise ValueError(f"run={run} must be a new folder with checkpoint.resume=never")
     if dist.get_rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
-        (run / CONFIG).write_text(yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False), encoding="utf-8")
+        with atomic_write(run / CONFIG) as file:
+            file.write(yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False).encode())
         if (run / "tokenizer").resolve() != tokenizer.folder.resolve():
             shutil.copytree(tokenizer.folder, run / "tokenizer", dirs_exist_ok=True)
     dist.barrier()
-    return run
 
 
 def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
@@ -102,14 +102,24 @@ def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=rows)
 
 
-def resume_point(run: Path) -> Path | None:
-    """The checkpoint to go on from: rank 0 looks for the newest whole one, all ranks get the same answer."""
-    found: list[Path | None] = [newest_whole(run, contents=True) if dist.get_rank() == 0 else None]
-    if dist.get_rank() == 0 and found[0] is None and committed(run):
-        found = [Path()]
+def resume_point(config: EngineConfig) -> Path | None:
+    """The checkpoint to go on from: rank 0 looks for the newest whole one, all ranks get the same answer.
+
+    Raises:
+        ValueError: `checkpoint.resume=never` in a folder that a run has used, or every checkpoint is damaged.
+    """
+    run = Path(config.run)
+    found: list[Path | ValueError | None] = [None]
+    if dist.get_rank() == 0:
+        if config.checkpoint.resume == "never" and (run / CONFIG).is_file():
+            found = [ValueError(f"run={run} must be a new folder with checkpoint.resume=never")]
+        else:
+            found = [newest_whole(run, contents=True)]
+            if found[0] is None and committed(run):
+                found = [ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")]
     dist.broadcast_object_list(found)
-    if found[0] == Path():
-        raise ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")
+    if isinstance(found[0], ValueError):
+        raise found[0]
     return found[0]
 
 
@@ -118,19 +128,20 @@ def check_continues(
 ) -> None:
     """Raise unless a checkpoint is of this model, tokenizer, data and optimizer; every difference is named."""
     optimizer = config.optimizer.name.value
-    expected = {"tokenizer": fingerprint, "model": plain(model), "data": data, "optimizer.name": optimizer}
-    there = {
-        "tokenizer": manifest.tokenizer_fingerprint,
-        "model": manifest.model,
-        "data": manifest.data,
+    ours = {**flat(plain(model), "model."), **data, "optimizer.name": optimizer, "tokenizer": fingerprint}
+    theirs = {
+        **flat(manifest.model, "model."),
+        **manifest.data,
         "optimizer.name": manifest.optimizer["name"],
+        "tokenizer": manifest.tokenizer_fingerprint,
     }
-    ours, theirs = flat(expected), flat(there)
-    differences = [
-        f"{key}={ours.get(key)} must be {theirs.get(key)}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-    ]
+    if "data.train" in data:
+        ours["data.tokenizer"], theirs["data.tokenizer"] = ours.pop("tokenizer"), theirs.pop("tokenizer")
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            f"run={config.run} must be a folder of its own: it holds the checkpoints of another verb's run"
+        )
+    differences = [f"{key}={ours[key]} must be {theirs[key]}" for key in sorted(ours) if ours[key] != theirs[key]]
     if differences:
         raise ValueError("; ".join(differences) + f": the run goes on from its checkpoint of step {manifest.step}")
 

@@ -6,7 +6,6 @@ gradient: mean loss over the global batch, norm clipped, biases and norms not de
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,8 +21,6 @@ from megakor.interop.huggingface import model_json
 from megakor.model.parameters import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.train.engine import Engine, SeededValues
-
-os.environ["DS_LOG_LEVEL"] = "error"
 
 LEARNING_RATE = 1e-3
 
@@ -62,8 +59,7 @@ class Case:
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step; ids fall off like words do, so that there is something to learn."""
-        size, generator = self.train, np.random.default_rng([size_seed := self.train.seed, step])
-        assert size_seed >= 0
+        size, generator = self.train, np.random.default_rng([self.train.seed, step])
         shape = (self.num_micro_batches, size.micro_batch_size, size.sequence_length + 1)
         tokens = (self.vocabulary * generator.random(shape) ** 4).astype(np.int64)
         mask = np.ones((size.micro_batch_size, size.sequence_length), dtype=np.float32)
@@ -103,8 +99,6 @@ class MegakorTrainer:
 
 class TransformersTrainer:
     """`GPTNeoXForCausalLM` with scaled-dot-product attention and fused AdamW, in fp32 or under bf16 autocast."""
-
-    arithmetic = "fp32"
 
     def __init__(self, case: Case) -> None:
         self.model = reference_model(case)
@@ -160,7 +154,8 @@ class MasterWeightsTrainer(TransformersTrainer):
 
 def accumulate(weight: torch.Tensor, master: torch.Tensor) -> None:
     """Move a weight's gradient into its master's, as soon as it is there."""
-    assert weight.grad is not None and master.grad is not None
+    assert weight.grad is not None
+    assert master.grad is not None
     master.grad += weight.grad
     weight.grad = None
 
@@ -171,9 +166,11 @@ def reference_model(case: Case) -> GPTNeoXForCausalLM:
     config._attn_implementation = "sdpa"
     model = GPTNeoXForCausalLM(config).train()
     weights = {spec.name: spec.initial_value(case.train.seed) for spec in parameter_specs(case.model)}
-    if "lm_head.weight" in model.state_dict():  # transformers 5 calls it so within a model
+    if hasattr(model, "lm_head"):  # what transformers 5 calls the output projection within a model
         weights = {name.replace("embed_out", "lm_head"): value for name, value in weights.items()}
-    model.load_state_dict(weights)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(case.model.tie_word_embeddings and name == "lm_head.weight" for name in missing)
     return model
 
 

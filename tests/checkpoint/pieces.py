@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,7 @@ def cut(rank: int, world_size: int, seed: int) -> list[Piece]:
     for (kind, name), whole in state().items():
         size = whole.numel()
         borders = sorted({0, size, *(rng.randint(0, size) for _ in range(rng.randint(0, 3)))})
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in itertools.pairwise(borders):
             writer, copied = rng.randrange(world_size), rng.random() < 0.2
             if writer == rank or copied:
                 values = whole.view(-1)[start:stop].clone()

@@ -127,7 +127,7 @@ BAD: list[tuple[str, list[str], str, str]] = [
 
 @pytest.mark.parametrize(("verb", "arguments", "what", "rule"), BAD, ids=[" ".join(case[1]) for case in BAD])
 def test_rules(verb: str, arguments: list[str], what: str, rule: str) -> None:
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=" must ") as raised:
         quickly_composed(verb, *NEEDED[verb], *arguments)
     line = str(raised.value)
     assert line.startswith(f"{what} must "), line
@@ -181,9 +181,8 @@ def test_every_rule_is_broken_by_a_test() -> None:
                     isinstance(argument, ast.Constant)
                     and isinstance(argument.value, str)
                     and re.match(r"[a-z_., ]+$", argument.value)
-                ):
-                    if "." in argument.value or argument.value in known_plain():
-                        named.add(argument.value)
+                ) and ("." in argument.value or argument.value in known_plain()):
+                    named.add(argument.value)
     broken = {what.partition("=")[0] for _, _, what, _ in BAD}
     assert len(named) > 20
     assert named <= broken, named - broken

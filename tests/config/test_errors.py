@@ -19,7 +19,8 @@ def failure(capsys: pytest.CaptureFixture[str], verb: str, *arguments: str) -> s
     ran: list[object] = []
     with pytest.raises(SystemExit) as ended:
         main(verb, ran.append, list(arguments))
-    assert ended.value.code == 1 and not ran
+    assert ended.value.code == 1
+    assert not ran
     printed = capsys.readouterr()
     assert printed.out == ""
     lines = printed.err.splitlines()
@@ -58,7 +59,8 @@ def test_an_unknown_key_in_a_yaml_file(
     (folder / "experiment" / "odd.yaml").write_text("# @package _global_\ntrain:\n  num_stps: 3\n")
     monkeypatch.setattr(compose, "config_folder", lambda: folder)
     line = failure(capsys, "pretrain", *PRETRAIN, "experiment=odd")
-    assert "num_stps" in line and "num_steps" in line.partition("nearest")[2]
+    assert "num_stps" in line
+    assert "num_steps" in line.partition("nearest")[2]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -104,7 +106,8 @@ def test_values_of_another_type(capsys: pytest.CaptureFixture[str], argument: st
 
 def test_positional_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(capsys, "corpus", "out=o", "말뭉치.txt")
-    assert "말뭉치.txt" in line and "key=value" in line
+    assert "말뭉치.txt" in line
+    assert "key=value" in line
 
 
 @pytest.mark.parametrize("flag", ["-m", "--multirun"])
@@ -145,7 +148,8 @@ def test_debug_shows_the_traceback() -> None:
     assert (quiet.returncode, loud.returncode) == (1, 1)
     assert quiet.stderr.splitlines() == [loud.stderr.splitlines()[-1]]
     assert quiet.stderr.startswith("megakor corpus: error: inputs=/없는/곳.txt")
-    assert "Traceback" in loud.stderr and "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+    assert "Traceback" not in quiet.stderr
 
 
 def test_debug_shows_the_traceback_of_a_composition() -> None:
@@ -157,9 +161,11 @@ def test_debug_shows_the_traceback_of_a_composition() -> None:
 
 def test_an_unknown_verb() -> None:
     ended = command("-m", "megakor", "pretran")
-    assert ended.returncode == 2 and not ended.stdout
+    assert ended.returncode == 2
+    assert not ended.stdout
     assert len(ended.stderr.splitlines()) == 1
-    assert "pretran" in ended.stderr and ended.stderr.rstrip().endswith("nearest: pretrain")
+    assert "pretran" in ended.stderr
+    assert ended.stderr.rstrip().endswith("nearest: pretrain")
 
 
 def test_the_verbs_are_shown_in_the_order_of_the_arc() -> None:

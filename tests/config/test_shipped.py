@@ -21,7 +21,8 @@ def test_every_yaml_belongs_to_a_test() -> None:
     known |= {f"experiment/{name}.yaml" for name in EXPERIMENTS} | {f"model/{name}.yaml" for name in MODELS}
     folder = config_folder()
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == known
-    assert len(EXPERIMENTS) >= 6 and len(MODELS) >= 5
+    assert len(EXPERIMENTS) >= 6
+    assert len(MODELS) >= 5
 
 
 @pytest.mark.parametrize("verb", VERBS)

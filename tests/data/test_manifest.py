@@ -92,6 +92,6 @@ def test_malformed(folder: Path, old: str, new: str, message: str) -> None:
 
 def test_tokenizer_of_the_shards(folder: Path) -> None:
     manifest = load_manifest(folder)
-    manifest.check_tokenizer("fingerprint")
-    with pytest.raises(ValueError, match=r"data\.tokenizer: fingerprint=another"):
-        manifest.check_tokenizer("another")
+    manifest.check_tokenizer("fingerprint", "data.tokenizer=here")
+    with pytest.raises(ValueError, match=r"data\.tokenizer=here: the tokenizer's fingerprint=another"):
+        manifest.check_tokenizer("another", "data.tokenizer=here")

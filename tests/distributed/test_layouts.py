@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.distributed.runs import (
     BF16,
     PP2,
     TIED,
+    Curve,
     Job,
     Made,
     configuration,
@@ -34,6 +36,8 @@ ONE_RANK = {
     "dp1 adafactor": ADAFACTOR,
     "dp1 adafactor zero0": ADAFACTOR | zero(0),
     "dp1 bf16": BF16,
+    "dp1 tied adafactor": TIED | ADAFACTOR,
+    "dp1 tied bf16": TIED | BF16,
     "dp1 unclipped": {"train__clip_grad_norm": 0.0},
 }
 TWO_RANKS = {
@@ -53,69 +57,98 @@ TWO_RANKS = {
     "pp2 adafactor": PP2 | ADAFACTOR,
     "pp2 tied adafactor": PP2 | TIED | ADAFACTOR,
     "pp2 bf16": PP2 | BF16,
+    "pp2 tied bf16": PP2 | TIED | BF16,
     "pp2 unclipped": PP2 | {"train__clip_grad_norm": 0.0},
 }
-ONE_RANK["dp1 tied adafactor"] = TIED | ADAFACTOR
+FOUR_RANKS = {
+    "pp2 dp2": PP2,
+    "pp2 dp2 tied": PP2 | TIED,
+    "pp2 dp2 adafactor": PP2 | ADAFACTOR,
+    "pp2 dp2 tied bf16": PP2 | TIED | BF16,
+}
+
+
+class Layouts:
+    """The folder of every layout's run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.errors: dict[str, str | None] = {}
+
+    def __truediv__(self, name: str) -> Path:
+        assert self.errors[name] is None, f"{name}: {self.errors[name]}"
+        return self.folder / name
 
 
 @pytest.fixture(scope="module")
-def folder(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("layouts")
-    for world_size, layouts in ((1, ONE_RANK), (2, TWO_RANKS)):
-        jobs = [Job(configuration(made, folder / name, **changes)) for name, changes in layouts.items()]
-        assert [error for error, _ in run_all(world_size, jobs)] == [None] * len(jobs)
-    return folder
+def folder(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    found = Layouts(tmp_path_factory.mktemp("layouts"))
+    for world_size, layouts in ((1, ONE_RANK), (2, TWO_RANKS), (4, FOUR_RANKS)):
+        jobs = [Job(configuration(made, found.folder / name, **changes)) for name, changes in layouts.items()]
+        found.errors |= {name: error for name, (error, _) in zip(layouts, run_all(world_size, jobs), strict=True)}
+    return found
 
 
-def far(first: list[tuple[int, float, float]], second: list[tuple[int, float, float]]) -> float:
-    """The largest relative difference between two curves."""
-    assert [row[0] for row in first] == [row[0] for row in second] and len(first) > 1
-    return max(
-        abs(a - b) / max(abs(a), abs(b)) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)
-    )
+def far(first: Curve, second: Curve, columns: Sequence[int] = (0, 1, 2)) -> float:
+    """The largest relative difference between columns of two curves."""
+    assert [row[0] for row in first] == [row[0] for row in second]
+    assert len(first) > 1
+    pairs = [(one[c], other[c]) for one, other in zip(first, second, strict=True) for c in columns]
+    return max(abs(one - other) / max(abs(one), abs(other)) for one, other in pairs)
+
+
+FP32 = {
+    "dp1": ["dp1 micro 8", "dp1 zero0", "dp1 zero2", "dp2", "dp2 zero0", "dp2 zero2", "pp2", "pp2 uniform", "pp2 dp2"],
+    "dp1 tied": ["dp2 tied", "pp2 tied", "pp2 dp2 tied"],
+    "dp1 adafactor": ["dp1 adafactor zero0", "dp2 adafactor", "dp2 adafactor zero0", "dp2 adafactor zero2",
+                      "pp2 adafactor", "pp2 dp2 adafactor"],
+    "dp1 tied adafactor": ["pp2 tied adafactor"],
+    "dp1 unclipped": ["dp2 unclipped", "pp2 unclipped"],
+}  # fmt: skip
+"""Layouts by the reference that they must equal."""
+
+
+@pytest.mark.parametrize(("reference", "name"), [(first, name) for first, names in FP32.items() for name in names])
+def test_layouts_agree(folder: Layouts, reference: str, name: str) -> None:
+    expected, found = curve(folder / reference), curve(folder / name)
+    assert len(found) == 12
+    assert far(expected, found, columns=[0, 1]) < 1e-5
+    # Where a gradient is rounding alone, as of most key biases, Adafactor's first update is ± the rate: the norms that
+    # follow show it, the losses do not. `tests/train/test_adafactor.py` has the updates themselves equal.
+    assert far(expected, found, columns=[2]) < (3e-4 if "adafactor" in name else 1e-5)
+    assert far(validation(folder / reference), validation(folder / name)) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("reference", "name"),
-    [
-        *[("dp1", name) for name in ("dp1 micro 8", "dp1 zero0", "dp1 zero2", "dp2", "dp2 zero0", "dp2 zero2", "pp2", "pp2 uniform")],
-        ("dp1 tied", "dp2 tied"), ("dp1 tied", "pp2 tied"),
-        *[("dp1 adafactor", name) for name in ("dp1 adafactor zero0", "dp2 adafactor", "dp2 adafactor zero0", "dp2 adafactor zero2", "pp2 adafactor")],
-        ("dp1 tied adafactor", "pp2 tied adafactor"),
-        ("dp1 unclipped", "dp2 unclipped"), ("dp1 unclipped", "pp2 unclipped"),
-    ],
-)  # fmt: skip
-def test_layouts_agree(folder: Path, reference: str, name: str) -> None:
-    assert len(curve(folder / name)) == 12
-    assert far(curve(folder / reference), curve(folder / name)) < 1e-5
-    assert far(validation(folder / reference), validation(folder / name)) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["dp2 bf16", "pp2 bf16"])
-def test_layouts_agree_in_bf16(folder: Path, name: str) -> None:
-    """bf16 has 8 bits: sums in another order differ by about 2^-8 of a gradient, of a loss much less."""
+    [("dp1", "dp2 bf16"), ("dp1", "pp2 bf16"), ("dp1 tied", "pp2 tied bf16"), ("dp1 tied", "pp2 dp2 tied bf16")],
+)
+def test_layouts_agree_in_bf16(folder: Layouts, reference: str, name: str) -> None:
+    """bf16 has 8 significant bits: another order of summation changes a gradient by about 2^-8, a loss by less."""
     losses = [row[1] for row in curve(folder / name)]
-    expected = [row[1] for row in curve(folder / "dp1 bf16")]
-    assert losses == pytest.approx(expected, rel=2e-3)
-    fp32 = [row[1] for row in curve(folder / "dp1")]
-    assert losses == pytest.approx(fp32, rel=1e-2)
+    norms = [row[2] for row in curve(folder / name)]
+    expected = curve(folder / f"{reference} bf16")
+    assert losses == pytest.approx([row[1] for row in expected], rel=3e-4)
+    assert norms == pytest.approx([row[2] for row in expected], rel=5e-3)
+    fp32 = [row[1] for row in curve(folder / reference)]
+    assert losses == pytest.approx(fp32, rel=1e-3)
     assert losses != fp32
 
 
-def test_the_comparisons_would_show_a_difference(folder: Path) -> None:
-    for first, second in (("dp1", "dp1 tied"), ("dp1", "dp1 adafactor"), ("dp1", "dp1 unclipped"), ("dp1", "dp1 bf16")):
+def test_the_comparisons_would_show_a_difference(folder: Layouts) -> None:
+    for first, second in (("dp1", "dp1 tied"), ("dp1", "dp1 unclipped"), ("dp1", "dp1 bf16")):
         assert far(curve(folder / first), curve(folder / second)) > 1e-4, (first, second)
     assert curve(folder / "dp1")[-1][1] < curve(folder / "dp1")[0][1] - 0.3  # it learns
     assert any(row[2] > 1.0 for row in curve(folder / "dp1"))  # something is clipped
 
 
-def test_saving_and_evaluating_change_nothing(folder: Path) -> None:
+def test_saving_and_evaluating_change_nothing(folder: Layouts) -> None:
     assert curve(folder / "dp2") == curve(folder / "dp2 saving")
     assert len(list((folder / "dp2 saving" / "checkpoints").glob("step-*"))) == 6
 
 
-@pytest.mark.parametrize("name", ["dp1", "dp2 zero2", "pp2", "pp2 tied", "dp2 adafactor"])
-def test_validation_is_that_of_the_saved_model(folder: Path, made: Made, name: str) -> None:
+@pytest.mark.parametrize("name", ["dp1", "dp2 zero2", "pp2", "pp2 tied", "dp2 adafactor", "pp2 dp2 tied"])
+def test_validation_is_that_of_the_saved_model(folder: Layouts, made: Made, name: str) -> None:
     """Each held-out token once, by the plain model; in bits per byte of the text."""
     model, manifest = load_model(resolve(folder / name))
     held = HeldoutSet("held", made.heldout, 32)
@@ -123,11 +156,9 @@ def test_validation_is_that_of_the_saved_model(folder: Path, made: Made, name: s
     with torch.no_grad():
         for row in range(held.num_windows):
             batch = held.windows(row, 1)
-            logits = model(torch.from_numpy(batch.input_ids))
-            mask = torch.from_numpy(batch.loss_mask)
-            total += masked_loss(
-                logits, torch.from_numpy(batch.labels), mask, torch.tensor(1.0), manifest.num_tokens
-            ).item()
+            ids, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
+            mask, scale = torch.from_numpy(batch.loss_mask), torch.tensor(1.0)
+            total += masked_loss(model(ids), labels, mask, scale, manifest.num_tokens).item()
     step, loss, bits = validation(folder / name)[-1]
     assert step == 12
     assert loss == pytest.approx(total / held.num_tokens, rel=1e-5)
@@ -136,15 +167,12 @@ def test_validation_is_that_of_the_saved_model(folder: Path, made: Made, name: s
 
 
 @pytest.mark.parametrize(
-    ("reference", "name"),
-    [("dp1", "dp2"), ("dp1", "pp2"), ("dp1 tied", "pp2 tied"), ("dp1 adafactor", "dp2 adafactor zero2")],
+    ("reference", "name"), [("dp1", "dp2"), ("dp1", "pp2"), ("dp1", "dp2 zero2"), ("dp1 tied", "pp2 tied")]
 )
-def test_the_weights_agree(folder: Path, reference: str, name: str) -> None:
+def test_the_weights_agree(folder: Layouts, reference: str, name: str) -> None:
     first, second = read_weights(resolve(folder / reference)), read_weights(resolve(folder / name))
     assert first.keys() == second.keys()
     for key in first:
         if key.endswith("query_key_value.bias"):
-            continue  # the keys' share of it has no effect on the loss: its gradient is rounding, which Adam enlarges
-        torch.testing.assert_close(
-            first[key], second[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
-        )
+            continue  # the keys' share of it has hardly a gradient but rounding, which Adam enlarges
+        torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=2e-5)

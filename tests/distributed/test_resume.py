@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megakor.checkpoint.reader import newest_whole
+from megakor.train.metrics import read_metrics
 from tests.checkpoint.pieces import snapshot
 from tests.distributed.runs import (
     ADAFACTOR,
@@ -36,41 +38,53 @@ KILLED = {
     "dp2 zero2 bf16": zero(2) | BF16,
     "dp2 zero0 fp32": zero(0),
     "dp2 adafactor fp32": ADAFACTOR,
-    "pp2 adafactor bf16": PP2 | ADAFACTOR | BF16,
 }
 
 
+@dataclass
+class Killed:
+    """The folder of the runs, and what went wrong in them."""
+
+    folder: Path
+    errors: dict[str, str | None]
+
+
 @pytest.fixture(scope="module")
-def killed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Killed:
     """Each run three times: whole; killed in step 8; and the killed one again, in new processes."""
     folder = tmp_path_factory.mktemp("killed")
     whole = [Job(configuration(made, folder / "whole" / name, **SAVING | changes)) for name, changes in KILLED.items()]
-    run_all(2, whole)
-    again = []
+    errors = {name: error for name, (error, _) in zip(KILLED, run_all(2, whole), strict=True)}
+    again: dict[str, Job] = {}
     for index, (name, changes) in enumerate(KILLED.items()):
+        if errors[name] is not None:
+            continue
         config = configuration(made, folder / "killed" / name, **SAVING | changes)
         run_ranks(run_jobs, 2, [Job(config, kill=7, rank=index % 2)], killed=True)
         assert 5 <= len(curve(folder / "killed" / name)) <= 7
-        again.append(Job(config))
+        again[name] = Job(config)
     saving = configuration(made, folder / "killed" / "while saving", **SAVING)
     run_ranks(run_jobs, 2, [Job(saving, kill_saving=10)], killed=True)
     assert [path.name for path in (folder / "killed/while saving/checkpoints").glob("*10*")] == [
         "step-00000010.writing"
     ]
-    again.append(Job(saving))
-    assert [error for error, _ in run_all(2, again)] == [None] * len(again)
-    return folder
+    again["while saving"] = Job(saving)
+    errors |= {name: error for name, (error, _) in zip(again, run_all(2, list(again.values())), strict=True)}
+    return Killed(folder, errors)
 
 
 @pytest.mark.parametrize("name", [*KILLED, "while saving"])
-def test_bitwise(killed: Path, name: str) -> None:
-    whole = killed / "whole" / ("dp2 zero1 fp32" if name == "while saving" else name)
-    again = killed / "killed" / name
+def test_bitwise(killed: Killed, name: str) -> None:
+    assert killed.errors[name] is None, killed.errors[name]
+    whole = killed.folder / "whole" / ("dp2 zero1 fp32" if name == "while saving" else name)
+    again = killed.folder / "killed" / name
     assert len(curve(whole)) == 12
     assert curve(again) == curve(whole)
     assert validation(again) == validation(whole)
     last, expected = newest_whole(again, contents=True), newest_whole(whole, contents=True)
-    assert last is not None and expected is not None and last.name == "step-00000012"
+    assert last is not None
+    assert expected is not None
+    assert last.name == "step-00000012"
     for file in expected.glob("*.safetensors"):
         assert (last / file.name).read_bytes() == file.read_bytes()
     assert not list(again.glob("checkpoints/*.writing"))
@@ -81,7 +95,7 @@ CHAINS = {"plain": {}, "tied": TIED, "adafactor": ADAFACTOR}
 
 @pytest.fixture(scope="module")
 def chained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps each: two replicas, two stages, ZeRO-2, then one rank."""
+    """Three steps each: two replicas, two stages, ZeRO-2, then one rank."""
     folder = tmp_path_factory.mktemp("chained")
     jobs, last = [], []
     for name, changes in CHAINS.items():
@@ -93,18 +107,19 @@ def chained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
         last.append(Job(configuration(made, folder / f"{name}, one rank", **changes)))
     for number in range(3):
         run_all(2, jobs[number::3])  # one link of each chain, in processes of its own
-    for name in CHAINS:
-        assert [row[0] for row in curve(folder / name)] == list(range(1, 10))
     run_all(1, last)
     return folder
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_resume_in_another_layout(chained: Path, name: str) -> None:
+    attempts = [r["step"] for r in read_metrics(chained / name) if r["kind"] == "start"]
+    assert attempts == [0, 3, 6, 9]
     found, expected = curve(chained / name), curve(chained / f"{name}, one rank")
     assert [row[0] for row in found] == [row[0] for row in expected] == list(range(1, 13))
     for row, other in zip(found, expected, strict=True):
-        assert row == pytest.approx(other, rel=1e-5)
+        assert row[1] == pytest.approx(other[1], rel=1e-5)
+        assert row[2] == pytest.approx(other[2], rel=3e-4 if name == "adafactor" else 1e-5)  # see test_layouts.py
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +131,12 @@ def started(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_would_go_on_otherwise_is_refused(started: Path, made: Made, other: Made, tmp_path: Path) -> None:
-    cases: dict[str, tuple[PretrainChanges, list[str]]] = {
+    cases: dict[str, tuple[dict[str, Any], list[str]]] = {
         "tokenizer": ({"data__train": other.train, "data__tokenizer": other.tokenizer, "data__validation": {}},
                       ["tokenizer=", "data.manifest=", "model.vocab_size=1152 must be 1408"]),
         "data": ({"data__train": made.heldout}, ["data.manifest="]),
-        "order": ({"train__seed": 8, "train__sequence_length": 16}, ["seed=8 must be 7", "sequence_length=16 must be 32"]),
+        "order": ({"train__seed": 8, "train__sequence_length": 16}, 
+                  ["seed=8 must be 7", "sequence_length=16 must be 32"]),
         "batch": ({"train__global_batch_size": 16}, ["global_batch_size=16 must be 8"]),
         "model": ({"model__hidden_size": 64, "model__tie_word_embeddings": True, "model__num_hidden_layers": 2},
                   ["model.hidden_size=64 must be 32", "model.tie_word_embeddings=True must be False",
@@ -139,10 +155,7 @@ def test_what_would_go_on_otherwise_is_refused(started: Path, made: Made, other:
             assert word in error, (name, error)
 
 
-PretrainChanges = dict[str, Any]
-
-
-def test_a_refused_run_leaves_the_run_folder_as_it_is(started: Path, made: Made, other: Made, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_its_folder_as_it_is(started: Path, made: Made, other: Made, tmp_path: Path) -> None:
     """Its configuration and tokenizer belong to its checkpoints: export and generation read them."""
     shutil.copytree(started, tmp_path / "run")
     before = snapshot(tmp_path / "run")
@@ -175,11 +188,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(started: Path, made: Made, t
     before = snapshot(tmp_path / "all damaged" / "checkpoints")
     [answers] = run_ranks(run_jobs, 1, [*jobs, jobs[-1]])
     (error, lines), (all_error, _), (whole_error, _), *_, (done_error, done_lines) = answers
-    assert error is None and whole_error is None and done_error is None
+    assert error is None
+    assert whole_error is None
+    assert done_error is None
     assert any(line.startswith("WARNING") and "step-00000006" in line and "damaged" in line for line in lines)
     assert curve(tmp_path / "damaged") == curve(tmp_path / "whole")
     assert newest_whole(tmp_path / "damaged", contents=True) == tmp_path / "damaged/checkpoints/step-00000012"
-    assert all_error is not None and "must hold a whole checkpoint" in all_error
+    assert all_error is not None
+    assert "must hold a whole checkpoint" in all_error
     assert snapshot(tmp_path / "all damaged" / "checkpoints") == before
     assert any("nothing to do" in line for line in done_lines)
 

@@ -26,7 +26,8 @@ def on_meta(config: ModelConfig) -> GPTNeoXForCausalLM:
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_counts_of_the_shipped_sizes(name: str, count: int) -> None:
     config = quickly_composed("pretrain", *PRETRAIN, f"model={name}").model
-    assert config.vocab_size == 30_080 and not config.tie_word_embeddings
+    assert config.vocab_size == 30_080
+    assert not config.tie_word_embeddings
     assert sum(parameter.numel() for parameter in on_meta(config).parameters()) == count
     assert sum(math.prod(spec.shape) for spec in parameter_specs(config)) == count
     assert num_parameters(config) == count
@@ -102,7 +103,8 @@ def test_initial_values_are_of_their_distribution() -> None:
     config = small(hidden_size=96, intermediate_size=384, vocab_size=512, num_hidden_layers=2, initializer_range=0.05)
     for spec in parameter_specs(config):
         value = spec.initial_value(3)
-        assert value.shape == spec.shape and value.dtype == torch.float32
+        assert value.shape == spec.shape
+        assert value.dtype == torch.float32
         if not spec.decays:
             assert torch.equal(value, torch.full(spec.shape, float("norm" in spec.name and "weight" in spec.name)))
             continue

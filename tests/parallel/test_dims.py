@@ -28,7 +28,7 @@ def test_the_data_axis_takes_what_is_left() -> None:
     ],
 )
 def test_sizes_that_do_not_fit(config: ParallelConfig, world_size: int, words: list[str]) -> None:
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match="must") as raised:
         ParallelDims.from_config(config, world_size)
     for word in words:
         assert word in str(raised.value)

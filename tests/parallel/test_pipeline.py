@@ -62,5 +62,7 @@ def test_two_stages_hold_everything_once() -> None:
         assert front | back == whole, partition
         shared = {"gpt_neox.embed_in.weight"} if config.tie_word_embeddings else set()
         assert front.keys() & back.keys() == shared, partition
-        assert "gpt_neox.embed_in.weight" in front and "gpt_neox.final_layer_norm.weight" in back
-        assert any("layers" in name for name in front) and any("layers" in name for name in back)
+        assert "gpt_neox.embed_in.weight" in front
+        assert "gpt_neox.final_layer_norm.weight" in back
+        assert any("layers" in name for name in front)
+        assert any("layers" in name for name in back)

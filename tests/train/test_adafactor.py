@@ -44,9 +44,7 @@ def theirs() -> dict[str, torch.Tensor]:
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name in SHAPES:
-        torch.testing.assert_close(
-            found[name], expected[name], rtol=2e-6, atol=2e-6, msg=lambda text: f"{name}: {text}"
-        )
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-6, atol=2e-6)
 
 
 def test_whole_parameters_as_transformers_has_them() -> None:

@@ -82,7 +82,7 @@ def test_a_static_scale_has_no_state(static: Any) -> None:
 
 def test_fp16_on_one_side_only_is_refused() -> None:
     state = scaler_state(scaler())
-    with pytest.raises(ValueError, match="train.precision must be fp16 on both sides"):
+    with pytest.raises(ValueError, match=r"train\.precision must be fp16 on both sides"):
         restore_scaler(LossScaler(1.0), state)
-    with pytest.raises(ValueError, match="train.precision must be fp16 on both sides"):
+    with pytest.raises(ValueError, match=r"train\.precision must be fp16 on both sides"):
         restore_scaler(scaler(), {})

@@ -25,7 +25,8 @@ def attempt(run: Path, losses: list[float]) -> int:
 
 
 def test_records_are_read_as_written(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path) == [] and next_attempt(tmp_path) == 1
+    assert read_metrics(tmp_path) == []
+    assert next_attempt(tmp_path) == 1
     assert attempt(tmp_path, [3.0, 2.5]) == 1
     assert attempt(tmp_path, [2.0]) == 2
     assert read_metrics(tmp_path) == [

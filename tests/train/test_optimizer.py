@@ -69,7 +69,8 @@ def test_pieces_are_the_live_state(name: OptimizerName) -> None:
     assert optimizer_steps(optimizer) == 4
     pieces = optimizer_pieces(optimizer, owned, first_replica=True, replicated=set())
     by_state = {(piece.state, piece.name): piece for piece in pieces}
-    assert len(by_state) == len(pieces) and all(piece.writes and piece.offset == 0 for piece in pieces)
+    assert len(by_state) == len(pieces)
+    assert all(piece.writes and piece.offset == 0 for piece in pieces)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

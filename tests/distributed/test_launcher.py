@@ -1,0 +1,136 @@
+"""The real command under the real launcher: a rank is killed, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.config.commands import ROOT, quickly_composed
+from tests.distributed.runs import Job, Made, curve, run_all, validation
+from tests.ranks import free_port
+
+NUM_STEPS = 30
+
+
+def overrides(made: Made, run: Path) -> list[str]:
+    """A tiny model in bf16 on two replicas."""
+    return [
+        "name=시험 실행", f"run={run}", f"data.train={made.train}", f"+data.validation.held={made.heldout}",
+        f"data.tokenizer={made.tokenizer}", "model.hidden_size=32", "model.num_attention_heads=2",
+        "model.intermediate_size=64", f"train.num_steps={NUM_STEPS}", "train.global_batch_size=8",
+        "train.micro_batch_size=2", "train.sequence_length=32", "train.precision=bf16", "optimizer.lr=3e-3",
+        "checkpoint.interval=5", "checkpoint.keep_last=2", "evaluation.interval=15", "logging.wandb=disabled",
+        "logging.peak_tflops=0.1",
+    ]  # fmt: skip
+
+
+def start(made: Made, run: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`deepspeed --num_gpus 2 … megakor.pretrain`."""
+    folder = Path(sys.executable).parent
+    command = [
+        str(folder / "deepspeed"), "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()),
+        "--module", "megakor.pretrain", *overrides(made, run), *arguments,
+    ]  # fmt: skip
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent, env=env)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 180) -> tuple[int, str]:
+    """Exit status and standard error."""
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            child.kill()
+        raise
+    return process.returncode, errors
+
+
+def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "megakor.pretrain" in child.cmdline() and "deepspeed" not in " ".join(child.cmdline()[:4]):
+                found[int(child.environ()["RANK"])] = child
+        except (psutil.Error, KeyError):
+            continue
+    return found
+
+
+def kill_in_the_middle(process: subprocess.Popen[str], run: Path, rank: int, step: int) -> int:
+    """SIGKILL a rank once a step is on record; returns the steps that were."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        done = len(curve(run))
+        if done >= step:
+            os.kill(ranks(process)[rank].pid, signal.SIGKILL)
+            return done
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_the_same_command_goes_on_after_a_kill(made: Made, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "끊김 없이", tmp_path / "끊긴, 실행"
+    config = quickly_composed("pretrain", *overrides(made, whole))
+    assert [error for error, _ in run_all(2, [Job(config)])] == [None]  # never interrupted, and without a launcher
+    assert [row[0] for row in curve(whole)] == list(range(1, NUM_STEPS + 1))
+
+    process = start(made, killed)
+    kill_in_the_middle(process, killed, rank=1, step=12)
+    status, _ = finish(process, timeout=60)
+    assert status != 0
+    assert len(curve(killed)) < NUM_STEPS
+
+    status, errors = finish(start(made, killed))
+    assert status == 0, errors
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000025",
+        "step-00000030",
+    ]
+    assert sorted(tmp_path.iterdir()) == sorted([whole, killed])  # nothing beside the run folders
+    assert curve(killed) == curve(whole)
+    assert validation(killed) == validation(whole)
+
+
+def test_a_bad_run_folder_under_the_launcher_is_one_clear_line(made: Made, tmp_path: Path) -> None:
+    """Only rank 0 meets the error; the other one must not bury it under a traceback."""
+    (tmp_path / "파일").write_text("")
+    status, errors = finish(start(made, tmp_path / "파일", "parallel.pipeline_parallel_size=2"))
+    assert status != 0
+    ours = [line for line in errors.splitlines() if line.startswith("megakor pretrain: error: ")]
+    assert len(ours) == 1, errors
+    assert "파일" in ours[0]
+    assert "Traceback" not in errors, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.global_batch_size=6"], ["train.global_batch_size=6", "divisible", "2 × 2"]),
+        (["parallel.pipeline_parallel_size=2", "parallel.data_parallel_size=2"], ["parallel.data_parallel_size=2"]),
+        (["data.tokenizer=/없는/곳"], ["/없는/곳"]),
+    ],
+)
+def test_errors_that_every_rank_meets_are_told_once(
+    made: Made, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    status, errors = finish(start(made, tmp_path / "run", *arguments))
+    assert status != 0
+    ours = [line for line in errors.splitlines() if line.startswith("megakor pretrain: error: ")]
+    assert len(ours) == 1, errors
+    for word in words:
+        assert word in ours[0]
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "checkpoints").exists()
