@@ -119,9 +119,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         theirs.append(MasterWeightsTrainer(case))
     difference = check_agreement(case, [megakor, *theirs])
     batches = case.batches(CHECKED_STEPS)
-    trials = [
-        [seconds(partial(side.step, batches)) for side in theirs] for _ in range(TRIALS if len(theirs) > 1 else 1)
-    ]
+    turns = range(TRIALS if len(theirs) > 1 else 1)
+    trials = [[seconds(partial(side.step, batches))[0] for side in theirs] for _ in turns]
     trial_seconds = {side.description: min(turn[index] for turn in trials) for index, side in enumerate(theirs)}
     reference: Trainer = min(theirs, key=lambda side: trial_seconds[side.description])
     del theirs

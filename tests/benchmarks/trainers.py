@@ -6,6 +6,7 @@ gradient: mean loss over the global batch, norm clipped, biases and norms not de
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -133,7 +134,7 @@ class MasterWeightsTrainer(TransformersTrainer):
         super().__init__(replace(case, train=replace(case.train, precision=Precision.fp32)))
         self.description = "transformers, bf16 weights with fp32 masters and fp32 accumulation"
         self.masters = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.model.to(torch.bfloat16)
+        self.model.bfloat16()
         self.weights = dict(self.model.named_parameters())
         for name, weight in self.weights.items():
             master = self.masters[name]
@@ -148,7 +149,7 @@ class MasterWeightsTrainer(TransformersTrainer):
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(self.masters[name])
-                self.masters[name].grad.zero_()
+        self.optimizer.zero_grad(set_to_none=False)
         return float(loss), float(norm)
 
 
@@ -174,7 +175,7 @@ def reference_model(case: Case) -> GPTNeoXForCausalLM:
     return model
 
 
-def adamw(weights: dict[str, torch.Tensor]) -> torch.optim.AdamW:
+def adamw(weights: Mapping[str, torch.Tensor]) -> torch.optim.AdamW:
     """Megakor's optimizer over another's weights."""
     groups = [
         {"params": [weight for weight in weights.values() if weight.dim() > 1], "weight_decay": 0.1},

@@ -108,8 +108,6 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ("shard", ["num_workers=0"], "num_workers=0", "be above 0"),
     # the others
     ("evaluate", ["micro_batch_size=0"], "micro_batch_size=0", "be above 0"),
-    ("generate", ["question=뭐"], "prompt, question=['prompt', 'question']", "be given one of the two"),
-    ("generate", ["prompt=null"], "prompt, question=[]", "be given one of the two"),
     ("generate", ["context=맥락"], "context=맥락", "come with a question"),
     ("generate", ["max_new_tokens=0"], "max_new_tokens=0", "be above 0"),
     ("generate", ["temperature=-1"], "temperature=-1.0", "be at least 0"),
@@ -132,6 +130,12 @@ def test_rules(verb: str, arguments: list[str], what: str, rule: str) -> None:
     line = str(raised.value)
     assert line.startswith(f"{what} must "), line
     assert rule in line
+
+
+@pytest.mark.parametrize(("argument", "given"), [("question=뭐", "prompt and question"), ("prompt=null", "neither")])
+def test_a_prompt_or_a_question(argument: str, given: str) -> None:
+    with pytest.raises(ValueError, match=rf"either prompt= or question= must be given, not {given}$"):
+        quickly_composed("generate", *NEEDED["generate"], argument)
 
 
 def test_a_broken_rule_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

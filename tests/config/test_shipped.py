@@ -55,10 +55,12 @@ def test_token_budgets(experiment: str, tokens: float) -> None:
 
 
 def test_overrides_win_over_the_experiment() -> None:
+    plain = composed("pretrain", "experiment=demo")
     config = composed("pretrain", "experiment=demo", "train.num_steps=7", "model.hidden_size=96", "name=다른")
     assert (config.train.num_steps, config.model.hidden_size, config.name) == (7, 96, "다른")
-    assert config.train.global_batch_size == 16  # the experiment's
-    assert config.model.intermediate_size == 768
+    config.train.num_steps, config.model.hidden_size = plain.train.num_steps, plain.model.hidden_size
+    config.name = plain.name
+    assert config == plain
 
 
 def test_a_model_by_name_survives_the_experiment() -> None:

@@ -133,11 +133,11 @@ def started(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_would_go_on_otherwise_is_refused(started: Path, made: Made, other: Made, tmp_path: Path) -> None:
     cases: dict[str, tuple[dict[str, Any], list[str]]] = {
         "tokenizer": ({"data__train": other.train, "data__tokenizer": other.tokenizer, "data__validation": {}},
-                      ["tokenizer=", "data.manifest=", "model.vocab_size=1152 must be 1408"]),
-        "data": ({"data__train": made.heldout}, ["data.manifest="]),
-        "order": ({"train__seed": 8, "train__sequence_length": 16}, 
-                  ["seed=8 must be 7", "sequence_length=16 must be 32"]),
-        "batch": ({"train__global_batch_size": 16}, ["global_batch_size=16 must be 8"]),
+                      ["data.tokenizer=", "data.train=", "model.vocab_size=1152 must be 1408"]),
+        "data": ({"data__train": made.heldout}, ["data.train="]),
+        "order": ({"train__seed": 8, "train__sequence_length": 16},
+                  ["train.seed=8 must be 7", "train.sequence_length=16 must be 32"]),
+        "batch": ({"train__global_batch_size": 16}, ["train.global_batch_size=16 must be 8"]),
         "model": ({"model__hidden_size": 64, "model__tie_word_embeddings": True, "model__num_hidden_layers": 2},
                   ["model.hidden_size=64 must be 32", "model.tie_word_embeddings=True must be False",
                    "model.num_hidden_layers=2 must be 3"]),

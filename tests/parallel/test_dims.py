@@ -17,8 +17,12 @@ def test_the_data_axis_takes_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("config", "world_size", "words"),
     [
-        (ParallelConfig(pipeline_parallel_size=2), 3, ["parallel sizes = 2", "divide the number of processes, 3"]),
-        (ParallelConfig(pipeline_parallel_size=4), 2, ["parallel sizes = 4", "2"]),
+        (
+            ParallelConfig(pipeline_parallel_size=2),
+            3,
+            ["pipeline_parallel_size=2", "divide the number of processes, 3"],
+        ),
+        (ParallelConfig(pipeline_parallel_size=4), 2, ["pipeline_parallel_size=4", "2"]),
         (ParallelConfig(data_parallel_size=3), 2, ["parallel.data_parallel_size=3", "must equal", "2"]),
         (
             ParallelConfig(data_parallel_size=2, pipeline_parallel_size=2),
