@@ -11,6 +11,7 @@ that a reader in any layout slices what it needs. A folder is written aside unde
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -71,7 +72,9 @@ class CheckpointManifest:
     version: int = VERSION
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """The manifest's text, with a digest over everything else in it."""
+        content = asdict(self)
+        return json.dumps({**content, "digest": digest(content)}, ensure_ascii=False)
 
     @classmethod
     def load(cls, folder: Path) -> CheckpointManifest:
@@ -85,6 +88,8 @@ class CheckpointManifest:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw["version"] != VERSION:
                 raise ValueError(f"{path}: version={raw['version']} must be {VERSION}")
+            if raw.pop("digest") != digest(raw):
+                raise ValueError(f"{path}: damaged; its digest must be that of its content")
             raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             raw["tensors"] = {
                 name: TensorEntry(entry["shape"], [(file, start, size) for file, start, size in entry["pieces"]])
@@ -98,6 +103,10 @@ class CheckpointManifest:
         for name in manifest.files:
             if Path(name).name != name:
                 raise ValueError(f"{path}: file name {name!r} must not leave the folder")
+        for name, tensor in manifest.tensors.items():
+            for file, _, _ in tensor.pieces:
+                if file not in manifest.files:
+                    raise ValueError(f"{path}: {name} has a piece in {file!r}, which must be one of the listed files")
         return manifest
 
     def check_sizes(self, folder: Path) -> None:
@@ -125,12 +134,22 @@ class CheckpointManifest:
                 raise ValueError(f"{folder / name}: SHA-256 differs from the manifest's; the file is damaged")
 
 
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Where a run keeps its checkpoint of a step."""
     return run / FOLDER / f"{PREFIX}{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
 def committed(run: Path) -> list[Path]:
     """The run's checkpoint folders that were committed, oldest first."""
-    folders = (run / FOLDER).glob(f"{PREFIX}*")
-    return sorted(path for path in folders if path.is_dir() and not path.name.endswith(ASIDE))
+    folders = [path for path in (run / FOLDER).glob(f"{PREFIX}*") if path.is_dir()]
+    return sorted((path for path in folders if path.name.removeprefix(PREFIX).isdecimal()), key=step_of)

@@ -139,9 +139,12 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def load_model(
-    checkpoint: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[GPTNeoXForCausalLM, CheckpointManifest]:
-    """The whole model of a checkpoint on one device, in evaluation mode, and the checkpoint's manifest."""
+    """The whole model of a checkpoint, in evaluation mode, and the checkpoint's manifest.
+
+    It is loaded into host memory, and goes to `device` if one is given.
+    """
     manifest = CheckpointManifest.load(checkpoint)
     model = GPTNeoXForCausalLM(model_config(manifest))
     weights = read_weights(checkpoint)

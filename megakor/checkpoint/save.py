@@ -22,19 +22,11 @@ from megakor.checkpoint.format import (
     TensorEntry,
     committed,
     step_folder,
+    step_of,
 )
 from megakor.files import atomic_write, sha256_of, share, sync
+from megakor.parallel.together import on_first_rank, raise_together
 from megakor.train.optimizer import Piece
-
-
-def raise_together(error: Exception | None, doing: str) -> None:
-    """Raise on all ranks what went wrong on any; every rank calls."""
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
-    if failed:
-        rank, text = failed[0]
-        raise OSError(f"{doing}: rank {rank}: {text}; the last whole checkpoint is untouched") from error
 
 
 def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> tuple[str, FileEntry | None, list]:
@@ -67,35 +59,37 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
     rank = dist.get_rank()
     folder = step_folder(run, manifest.step)
     aside = folder.with_name(folder.name + ASIDE)
+    doing = f"saving {folder} (the last whole checkpoint is untouched)"
     error: Exception | None = None
     result: tuple[str, FileEntry | None, list] = ("", None, [])
     try:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    except OSError as caught:
-        error = caught
-    raise_together(error, f"saving {folder}")
-    try:
-        result = write_pieces(aside, rank, pieces)
-    except (OSError, SafetensorError) as caught:
-        error = caught
-    try:
-        raise_together(error, f"saving {folder}")
+        on_first_rank(lambda: make_empty(aside))
+        try:
+            result = write_pieces(aside, rank, pieces)
+        except (OSError, SafetensorError) as caught:
+            error = caught
+        raise_together(error, doing)
         results: list[tuple[str, FileEntry | None, list]] = [result] * dist.get_world_size()
         dist.all_gather_object(results, result)
-        if rank == 0:
-            try:
+        try:
+            if rank == 0:
                 commit(aside, folder, manifest, results)
-                prune(run, keep_last)
-            except OSError as caught:
-                error = caught
-        raise_together(error, f"saving {folder}")
+                prune(run, manifest.step, keep_last)
+        except (OSError, ValueError) as caught:
+            error = caught
+        raise_together(error, doing)
     except OSError:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
     return folder
+
+
+def make_empty(aside: Path) -> None:
+    """An empty folder to write into; what interrupted saves left is removed."""
+    for leftover in aside.parent.glob(f"*{ASIDE}"):
+        shutil.rmtree(leftover)
+    aside.mkdir(parents=True)
 
 
 def commit(aside: Path, folder: Path, manifest: CheckpointManifest, results: list) -> None:
@@ -119,7 +113,11 @@ def commit(aside: Path, folder: Path, manifest: CheckpointManifest, results: lis
         file.write(folder.name.encode())
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints; 0 keeps all."""
-    for folder in committed(run)[:-keep_last] if keep_last else []:
-        shutil.rmtree(folder)
+def prune(run: Path, step: int, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints up to the step just saved; 0 keeps all.
+
+    Later ones, which a resume has passed over as damaged, neither count nor go.
+    """
+    if keep_last:
+        for folder in [folder for folder in committed(run) if step_of(folder) <= step][:-keep_last]:
+            shutil.rmtree(folder)

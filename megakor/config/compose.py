@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import tempfile
 import time
@@ -43,6 +44,10 @@ QUIET_HYDRA = (
 RANK_0_SPEAKS_FIRST = 5.0
 """Seconds that other ranks wait before they tell an error: where rank 0 had it too, the launcher ends them by then."""
 
+LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+"""One whole string literal."""
+ITEM = re.compile(rf"""{LITERAL.pattern}|[^,'"\s][^,]*""")
+"""One item of a list: a literal, or bare text up to the next comma."""
 MERGE_ERROR = "Error merging override "
 HYDRA_OPTIONS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--config-name")
 
@@ -92,8 +97,17 @@ def in_open_section(schema: type, dotted: str) -> bool:
 
 
 def quoted(text: str) -> str:
-    """A Hydra string literal."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if text else "''"
+    """A Hydra string literal. Its grammar unescapes only backslashes that stand before a quote."""
+    escaped = re.sub(r"(\\*)'", lambda found: 2 * found[1] + "\\'", text)
+    return "'" + re.sub(r"(\\+)$", lambda found: 2 * found[1], escaped) + "'"
+
+
+def items_of(text: str) -> list[str]:
+    """The items of a comma-separated list as Hydra literals; commas within quotes do not part them."""
+    found = re.fullmatch(rf"\s*(?:(?:{ITEM.pattern})\s*(?:,\s*|$))*", text)
+    parts = [match[0] for match in ITEM.finditer(text)] if found else text.split(",")
+    parts = [part.strip() for part in parts if part.strip()]
+    return [part if LITERAL.fullmatch(part) else quoted(part) for part in parts]
 
 
 def quote_override(argument: str, schema: type, multirun: bool) -> str:
@@ -107,18 +121,15 @@ def quote_override(argument: str, schema: type, multirun: bool) -> str:
     kind = field_type(schema, name.lstrip("+~"))
     if kind is None and not name.startswith(("+", "~")) and in_open_section(schema, name):
         name, argument = f"++{name}", f"++{argument}"  # Hydra's sign for a key that may be new
-    already = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
-    if already or value.startswith("${"):
+    if LITERAL.fullmatch(value) or value.startswith("${"):
         return argument
     if typing.get_origin(kind) is list:
         if value.startswith("[") and value.endswith("]"):
-            items = [item.strip() for item in value[1:-1].split(",") if item.strip()]
-            items = [item if item[:1] in ("'", '"') else quoted(item) for item in items]
-            return f"{name}=[{','.join(items)}]"
+            return f"{name}=[{','.join(items_of(value[1:-1]))}]"
         return f"{name}={value if value == 'null' else '[' + quoted(value) + ']'}"
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if str in members and not (multirun and "," in value) and value != "null":
-        return f"{name}={quoted(value)}"
+    if str in members and value != "null":
+        return f"{name}={','.join(items_of(value)) if multirun and ',' in value else quoted(value)}"
     try:
         parsed = OverridesParser.create().parse_override(argument)
         if multirun or not parsed.is_sweep_override():
@@ -192,19 +203,19 @@ def unknown_key(name: str, schema: type) -> str:
     return f"unknown key {name}: must be one of those that --help lists{hint}"
 
 
-def refuse_unknown(config: DictConfig, schema: type, prefix: str = "") -> None:
-    """Raise on a key that a YAML file or `+key=value` added beyond the schema."""
+def refuse_unknown(config: DictConfig, root: type, schema: type, prefix: str = "") -> None:
+    """Raise on a key that a YAML file or `+key=value` added beyond the schema, naming the root's nearest ones."""
     hints = typing.get_type_hints(schema)
     for name in map(str, config):
         if name not in hints:
-            raise ValueError(unknown_key(f"{prefix}{name}", schema))
+            raise ValueError(unknown_key(f"{prefix}{name}", root))
         if dataclasses.is_dataclass(hints[name]):
-            refuse_unknown(config[name], typing.cast(type, hints[name]), f"{prefix}{name}.")
+            refuse_unknown(config[name], root, typing.cast(type, hints[name]), f"{prefix}{name}.")
 
 
 def to_object(config: DictConfig, schema: type) -> Any:
     """The composed configuration as a checked instance of its schema."""
-    refuse_unknown(config, schema)
+    refuse_unknown(config, schema, schema)
     missing = missing_keys(config, schema)
     if missing:
         raise ValueError("missing " + "; ".join(missing))
@@ -241,6 +252,9 @@ def one_line(error: BaseException, arguments: list[str], schema: type) -> str:
                 groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
                 if name not in groups and not name.startswith("hydra") and not in_open_section(schema, name):
                     return unknown_key(name, schema)
+        full_key = re.search(r"not in '\w+'\s+full_key: (\S+)", f"{error}\n{error.__cause__}")
+        if full_key:
+            return unknown_key(full_key[1], schema)
         text = f"{error}\n{error.__cause__}" if error.__cause__ else str(error)
         text = text.partition("Config search path")[0]
     else:

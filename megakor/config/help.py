@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megakor.config.verbs import Verb
 
@@ -28,7 +29,7 @@ def add_rows(table: Table, schema: type, config: DictConfig, prefix: str = "") -
     for field in dataclasses.fields(schema):
         dotted, kind = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(kind):
-            table.add_row(f"[bold]{dotted}[/bold]", "", "", "", field.metadata["help"])
+            table.add_row(Text(dotted, style="bold"), "", "", "", Text(field.metadata["help"]))
             add_rows(table, typing.cast(type, kind), config[field.name], dotted + ".")
             continue
         if OmegaConf.is_missing(config, field.name):
@@ -37,7 +38,8 @@ def add_rows(table: Table, schema: type, config: DictConfig, prefix: str = "") -
             found = config[field.name]
             plain = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
             value = "null" if plain is None else plain.name if isinstance(plain, enum.Enum) else str(plain)
-        table.add_row(dotted, type_name(kind), value, field.metadata["unit"], field.metadata["help"])
+        cells = (dotted, type_name(kind), value, field.metadata["unit"], field.metadata["help"])
+        table.add_row(*map(Text, cells))  # plain text: brackets are not markup
 
 
 def print_help(verb: Verb, overrides: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from megakor.config.compose import quoted
 from megakor.logs import get_logger
+from megakor.train.device import ON_HOST_PROCESSORS
 from megakor.train.metrics import read_metrics
 
 log = get_logger(__name__)
@@ -57,7 +58,7 @@ def launched(name: str, overrides: list[str]) -> list[str]:
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, with its output on our standard error."""
     log.info("$ %s", shlex.join(command))
-    environment = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore::FutureWarning", **os.environ}
+    environment = {**ON_HOST_PROCESSORS, **os.environ}
     return subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
 
 

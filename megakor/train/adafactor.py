@@ -24,7 +24,8 @@ class Adafactor(torch.optim.Optimizer):
     rank, and `exp_avg_sq` of the rank's fragments of vectors.
 
     Args:
-        params: parameter groups; `weight_decay` is decoupled and read from each.
+        params: parameter groups, each with the canonical `names` of its parameters, in the same order on all ranks;
+            `weight_decay` is decoupled and read from each.
         lr: learning rate.
         eps: added to the squared gradient.
         clip_threshold: largest root mean square of a parameter's update, in units of the rate.
@@ -40,12 +41,11 @@ class Adafactor(torch.optim.Optimizer):
         decay_exponent: float = 0.8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "num_updates": 0})
         self.eps, self.clip_threshold, self.decay_exponent = eps, clip_threshold, decay_exponent
-        self.num_steps = 0
         self.fragments: list[Fragment] = []
         self.shapes: dict[str, torch.Size] = {}
-        self.device = torch.device("cpu")
+        self.device: torch.device | None = None
         self.moments: dict[str, dict[str, torch.Tensor]] = {}
         self.group: dist.ProcessGroup | None = None
 
@@ -97,26 +97,36 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; every rank of the group calls."""
+        """One update of the groups that `param_groups` holds now; every rank of the process group calls.
+
+        DeepSpeed's ZeRO-1 and 2 call once for each group, with only that group in `param_groups`.
+        """
         assert closure is None
-        self.num_steps += 1
-        decay = 1.0 - math.pow(self.num_steps, -self.decay_exponent)
-        gradients = [fragment.of(fragment.flat.grad.float()) for fragment in self.fragments]  # type: ignore[union-attr]
-        self.update_moments(gradients, decay)
-        updates = [self.direction(*pair) for pair in zip(self.fragments, gradients, strict=True)]
-        clips = self.clip_factors(updates)
-        groups = {tensor.data_ptr(): group for group in self.param_groups for tensor in group["params"]}
-        for fragment, update in zip(self.fragments, updates, strict=True):
-            group = groups[fragment.flat.data_ptr()]
+        for group in self.param_groups:
+            self.update(group)
+
+    def update(self, group: dict[str, Any]) -> None:
+        """One update of one parameter group."""
+        group["num_updates"] += 1
+        decay = 1.0 - math.pow(group["num_updates"], -self.decay_exponent)
+        names = set(group["names"])
+        own = [fragment for fragment in self.fragments if fragment.name in names]
+        gradients = [fragment.of(fragment.flat.grad.float()) for fragment in own]  # type: ignore[union-attr]
+        self.update_moments(names, own, gradients, decay)
+        updates = [self.direction(*pair) for pair in zip(own, gradients, strict=True)]
+        clips = self.clip_factors(group["names"], own, updates)
+        for fragment, update in zip(own, updates, strict=True):
             weights = fragment.of(fragment.flat.data)
             weights.mul_(1.0 - group["lr"] * group["weight_decay"])
             weights.sub_(update * (group["lr"] / clips[fragment.name]))
 
-    def update_moments(self, gradients: list[torch.Tensor], decay: float) -> None:
+    def update_moments(
+        self, names: set[str], fragments: list[Fragment], gradients: list[torch.Tensor], decay: float
+    ) -> None:
         """Mix the squared gradients into the moments: row and column means of matrices, elements of vectors."""
-        matrices = {name: moment for name, moment in self.moments.items() if "exp_avg_sq_row" in moment}
+        matrices = {name: m for name, m in self.moments.items() if name in names and "exp_avg_sq_row" in m}
         sums = {name: {key: torch.zeros_like(value) for key, value in m.items()} for name, m in matrices.items()}
-        for fragment, gradient in zip(self.fragments, gradients, strict=True):
+        for fragment, gradient in zip(fragments, gradients, strict=True):
             squared = gradient.square() + self.eps
             if fragment.name not in sums:
                 self.moments[fragment.name]["exp_avg_sq"].lerp_(squared, 1.0 - decay)
@@ -142,13 +152,15 @@ class Adafactor(torch.optim.Optimizer):
         lead = fragment.offset % fragment.shape[1]
         return scaled.view(-1)[lead : lead + fragment.numel]
 
-    def clip_factors(self, updates: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def clip_factors(
+        self, names: list[str], fragments: list[Fragment], updates: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """By how much each parameter's update is divided: its root mean square over the threshold, at least 1."""
-        position = {name: index for index, name in enumerate(self.shapes)}
-        squares = torch.zeros(len(position), dtype=torch.float32, device=self.device)
-        for fragment, update in zip(self.fragments, updates, strict=True):
+        position = {name: index for index, name in enumerate(names)}
+        squares = torch.zeros(len(names), dtype=torch.float32, device=self.device)
+        for fragment, update in zip(fragments, updates, strict=True):
             squares[position[fragment.name]] += update.square().sum()
         self.sum_over_ranks([squares])
-        sizes = torch.tensor([shape.numel() for shape in self.shapes.values()], device=self.device)
+        sizes = torch.tensor([self.shapes[name].numel() for name in names], device=self.device)
         factors = ((squares / sizes).sqrt() / self.clip_threshold).clamp(min=1.0)
-        return dict(zip(position, factors, strict=True))
+        return dict(zip(names, factors, strict=True))

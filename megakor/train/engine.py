@@ -32,9 +32,6 @@ from megakor.train.fragments import fragments
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
 
-NEVER_CLIPPED = 1e30
-"""A gradient norm no run reaches: ZeRO-0 computes the norm only when it clips."""
-
 
 class Values(Protocol):
     """Where a model's values come from: a seed, or a checkpoint."""
@@ -94,7 +91,6 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
     """DeepSpeed's configuration: the pass-through section, and over it the keys that megakor owns."""
     train = config.train
     zero: dict[str, Any] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
-    clip = train.clip_grad_norm or (NEVER_CLIPPED if config.parallel.zero_stage == 0 else 0.0)
     return {
         "steps_per_print": 1_000_000_000,
         "zero_allow_untested_optimizer": True,  # Adafactor is ours, and knows its fragments
@@ -102,7 +98,7 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dims.data),
-        "gradient_clipping": clip,
+        "gradient_clipping": train.clip_grad_norm if config.parallel.zero_stage else 0.0,  # ZeRO-0: by train_step
         "bf16": {"enabled": train.precision is Precision.bf16},
         "fp16": {"enabled": train.precision is Precision.fp16},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -151,6 +147,8 @@ class Engine:
         self.micro_batch_size = config.train.micro_batch_size
         self.loss_fn: Callable[..., torch.Tensor] = partial(self._loss, num_tokens=num_tokens)
         self.pipelined = dims.pipeline > 1
+        self.clip_grad_norm = config.train.clip_grad_norm
+        self.clips_itself = config.parallel.zero_stage == 0  # DeepSpeed then tells no norm unless it clips
         module: nn.Module
         if self.pipelined:
             partition = config.parallel.pipeline_partition
@@ -168,13 +166,16 @@ class Engine:
         settings = deepspeed_config(config, dims)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
         self.group_settings = [
-            {key: value for key, value in group.items() if isinstance(value, int | float | bool) and key != "lr"}
+            {
+                key: value
+                for key, value in group.items()
+                if isinstance(value, int | float | bool) and key not in ("lr", "num_updates")
+            }
             for group in self.optimizer.param_groups
         ]
         owned = fragments(named, self.optimizer.param_groups)
-        group = self._data_group() if any(fragment.exclusive for fragment in owned) or dims.data > 1 else None
-        cut = group if config.parallel.zero_stage > 0 else None
-        prepare_state(self.optimizer, owned, shapes, cut, device(), values.optimizer_steps)
+        group = self._data_group() if config.parallel.zero_stage > 0 else None
+        prepare_state(self.optimizer, owned, shapes, group, device(), values.optimizer_steps)
         replicated = {name for name, parameter in named if getattr(parameter, "ds_pipe_replicated", False)}
         self.pieces: list[Piece] = optimizer_pieces(self.optimizer, owned, self.data_rank == 0, replicated)
         with torch.no_grad():
@@ -225,11 +226,16 @@ class Engine:
             for input_ids, labels in feed:
                 micro_loss = self.loss_fn(self.engine(input_ids), labels)
                 self.engine.backward(micro_loss)
+                if self.clips_itself and self.engine.is_gradient_accumulation_boundary():
+                    limit = self.clip_grad_norm or float("inf")
+                    grad_norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit)
                 self.engine.step()
                 loss += micro_loss.detach()
             dist.all_reduce(loss)
             loss /= self.num_micro_batches * self.dims.data
-        return StepResult(loss=float(loss), grad_norm=float(self.engine.get_global_grad_norm()))
+        if not self.clips_itself:
+            grad_norm = self.engine.get_global_grad_norm()
+        return StepResult(loss=float(loss), grad_norm=float(grad_norm))
 
     def evaluate(self, heldout: HeldoutWindows) -> float:
         """Negative log-likelihood of a held-out set in nats, summed over its unmasked tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,10 @@ class Metrics:
             self.wandb.finish()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Write one record; floats keep every bit."""
+        """Write one record; floats keep every bit, and those that are not finite are null, as JSON has none."""
+        values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         record = {"kind": kind, "attempt": self.attempt, "step": step, **values}
-        self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        self.file.write((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
         self.file.flush()
         if self.wandb is not None:
             prefix = f"{kind}/{values['set']}" if "set" in values else kind

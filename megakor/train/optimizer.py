@@ -44,13 +44,12 @@ def build_optimizer(
     config: OptimizerConfig, named: list[tuple[str, nn.Parameter]], specs: dict[str, ParameterSpec]
 ) -> torch.optim.Optimizer:
     """The optimizer over a rank's parameters: matrices decay, biases and norms do not."""
-    decayed = [parameter for name, parameter in named if specs[name].decays]
-    plain = [parameter for name, parameter in named if not specs[name].decays]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    for decays in (True, False):
+        chosen = [(name, parameter) for name, parameter in named if specs[name].decays is decays]
+        if chosen:
+            group = {"params": [parameter for _, parameter in chosen], "names": [name for name, _ in chosen]}
+            groups.append({**group, "weight_decay": config.weight_decay if decays else 0.0})
     if config.name is OptimizerName.adafactor:
         return Adafactor(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
@@ -98,7 +97,8 @@ def prepare_state(
     """Make the optimizer's state exist, zeroed, as after `num_updates` updates; the pieces then let a load fill it."""
     if isinstance(optimizer, Adafactor):
         optimizer.attach(fragments, shapes, group, device)
-        optimizer.num_steps = num_updates
+        for param_group in optimizer.param_groups:
+            param_group["num_updates"] = num_updates
         return
     for param_group in optimizer.param_groups:
         for tensor in param_group["params"]:
@@ -112,5 +112,5 @@ def prepare_state(
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
     """Updates done; fewer than the run's steps where fp16 overflowed and steps were skipped."""
     if isinstance(optimizer, Adafactor):
-        return optimizer.num_steps
+        return optimizer.param_groups[0]["num_updates"]
     return int(next(iter(optimizer.state.values()))["step"])

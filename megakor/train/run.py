@@ -23,6 +23,7 @@ from megakor.config.schema import EngineConfig, ModelConfig
 from megakor.files import atomic_write
 from megakor.logs import get_logger
 from megakor.parallel.dims import ParallelDims
+from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import check_precision, end_process_group, start_process_group
 
@@ -79,13 +80,15 @@ def write_run(config: EngineConfig, tokenizer: Tokenizer) -> None:
     Called when everything about the run has been checked: a refused run leaves the folder as it was.
     """
     run = Path(config.run)
-    if dist.get_rank() == 0:
+
+    def write() -> None:
         run.mkdir(parents=True, exist_ok=True)
         with atomic_write(run / CONFIG) as file:
             file.write(yaml.safe_dump(plain(config), allow_unicode=True, sort_keys=False).encode())
         if (run / "tokenizer").resolve() != tokenizer.folder.resolve():
             shutil.copytree(tokenizer.folder, run / "tokenizer", dirs_exist_ok=True)
-    dist.barrier()
+
+    on_first_rank(write)
 
 
 def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
@@ -109,18 +112,16 @@ def resume_point(config: EngineConfig) -> Path | None:
         ValueError: `checkpoint.resume=never` in a folder that a run has used, or every checkpoint is damaged.
     """
     run = Path(config.run)
-    found: list[Path | ValueError | None] = [None]
-    if dist.get_rank() == 0:
+
+    def look() -> Path | None:
         if config.checkpoint.resume == "never" and (run / CONFIG).is_file():
-            found = [ValueError(f"run={run} must be a new folder with checkpoint.resume=never")]
-        else:
-            found = [newest_whole(run, contents=True)]
-            if found[0] is None and committed(run):
-                found = [ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    return found[0]
+            raise ValueError(f"run={run} must be a new folder with checkpoint.resume=never")
+        found = newest_whole(run, contents=True)
+        if found is None and committed(run):
+            raise ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")
+        return found
+
+    return on_first_rank(look)
 
 
 def check_continues(

@@ -1,0 +1,38 @@
+"""Errors that all ranks share: what goes wrong on one is raised on every one, so that none waits for a rank that left.
+
+Every rank calls what is here, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 and return its result, or raise its `ValueError` or `OSError`, on every rank."""
+    outcome: list[tuple[Result | None, ValueError | OSError | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(work(), None)]
+        except (ValueError, OSError) as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def raise_together(error: Exception | None, doing: str) -> None:
+    """Raise `OSError` on every rank if any has an error, naming what was done, the first such rank and its error."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
+    if failed:
+        rank, text = failed[0]
+        raise OSError(f"{doing}: rank {rank}: {text}") from error
