@@ -90,15 +90,15 @@ class CheckpointManifest:
                 raise ValueError(f"{path}: version={raw['version']} must be {VERSION}")
             if raw.pop("digest") != digest(raw):
                 raise ValueError(f"{path}: damaged; its digest must be that of its content")
-            raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-            raw["tensors"] = {
-                name: TensorEntry(entry["shape"], [(file, start, size) for file, start, size in entry["pieces"]])
-                for name, entry in raw["tensors"].items()
+            raw["files"] = {
+                name: FileEntry(typed(e["size"], int), typed(e["sha256"], str)) for name, e in raw["files"].items()
             }
+            raw["tensors"] = {name: tensor_entry(entry) for name, entry in raw["tensors"].items()}
+            typed(raw["step"], int)
             manifest = cls(**raw)
         except FileNotFoundError:
             raise ValueError(f"{path}: missing; the folder must be a whole checkpoint") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, WrongShape) as error:
             raise ValueError(f"{path}: damaged ({error}); it must be a checkpoint's manifest") from None
         for name in manifest.files:
             if Path(name).name != name:
@@ -132,6 +132,25 @@ class CheckpointManifest:
         for name, entry in self.files.items():
             if sha256_of(folder / name) != entry.sha256:
                 raise ValueError(f"{folder / name}: SHA-256 differs from the manifest's; the file is damaged")
+
+
+class WrongShape(Exception):
+    """A manifest's entry is not made as it must be."""
+
+
+def typed(value: Any, kind: type) -> Any:
+    """The value, which must be of its type."""
+    if type(value) is not kind:
+        raise WrongShape(f"{value!r} must be of type {kind.__name__}")
+    return value
+
+
+def tensor_entry(entry: dict[str, Any]) -> TensorEntry:
+    """A tensor's entry from its JSON."""
+    if any(len(typed(piece, list)) != 3 for piece in typed(entry["pieces"], list)):
+        raise WrongShape("a piece must be file, offset and number of elements")
+    pieces = [(typed(file, str), typed(start, int), typed(size, int)) for file, start, size in entry["pieces"]]
+    return TensorEntry([typed(size, int) for size in typed(entry["shape"], list)], pieces)
 
 
 def digest(content: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megakor.checkpoint.format import MANIFEST, CheckpointManifest, committed
+from megakor.checkpoint.format import MANIFEST, CheckpointManifest, committed, step_of
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
@@ -101,6 +101,8 @@ def newest_whole(run: Path, contents: bool) -> Path | None:
     for folder in reversed(committed(run)):
         try:
             manifest = CheckpointManifest.load(folder)
+            if manifest.step != step_of(folder):
+                raise ValueError(f"{folder}: step={manifest.step} in its manifest must be that of its name")
             manifest.check_contents(folder) if contents else manifest.check_sizes(folder)
             return folder
         except ValueError as error:

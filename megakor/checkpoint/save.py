@@ -59,7 +59,7 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
     rank = dist.get_rank()
     folder = step_folder(run, manifest.step)
     aside = folder.with_name(folder.name + ASIDE)
-    doing = f"saving {folder} (the last whole checkpoint is untouched)"
+    telling = (f"saving {folder}", "the last whole checkpoint is untouched")
     error: Exception | None = None
     result: tuple[str, FileEntry | None, list] = ("", None, [])
     try:
@@ -68,7 +68,7 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
             result = write_pieces(aside, rank, pieces)
         except (OSError, SafetensorError) as caught:
             error = caught
-        raise_together(error, doing)
+        raise_together(error, *telling)
         results: list[tuple[str, FileEntry | None, list]] = [result] * dist.get_world_size()
         dist.all_gather_object(results, result)
         try:
@@ -77,7 +77,7 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
                 prune(run, manifest.step, keep_last)
         except (OSError, ValueError) as caught:
             error = caught
-        raise_together(error, doing)
+        raise_together(error, *telling)
     except OSError:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)

@@ -141,9 +141,10 @@ def quote_override(argument: str, schema: type, multirun: bool) -> str:
 
 @dataclasses.dataclass
 class Arguments:
-    """The command line, sorted."""
+    """The command line, sorted: overrides and flags for Hydra, keys that its lexer cannot read, and our own flags."""
 
     hydra: list[str]
+    beyond_hydra: dict[str, str] = dataclasses.field(default_factory=dict)
     debug: bool = False
     help: bool = False
 
@@ -182,6 +183,10 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
             raise ValueError(f"argument {argument!r} must be of the form key=value")
         else:
             check_experiment(argument, verb)
+            name, _, value = argument.partition("=")
+            if not name.isascii() and in_open_section(verb.schema, name.lstrip("+")):
+                sorted_.beyond_hydra[name.lstrip("+")] = value  # its lexer has no letters but ASCII in keys
+                continue
             sorted_.hydra.append(quote_override(argument, verb.schema, multirun))
     sorted_.hydra += flags  # argparse takes overrides in one run only, and flags behind them
     return sorted_
@@ -290,6 +295,9 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
         with tempfile.TemporaryDirectory() as folder:  # for the file that Hydra writes under --multirun
             sys.argv = [verb.module, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=.", *sorted_.hydra]
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed.append)()
+        for config in composed:
+            for key, value in sorted_.beyond_hydra.items():
+                OmegaConf.update(config, key, value, force_add=True)
         for config in [to_object(config, verb.schema) for config in composed]:
             run(config)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

@@ -28,11 +28,14 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def raise_together(error: Exception | None, doing: str) -> None:
-    """Raise `OSError` on every rank if any has an error, naming what was done, the first such rank and its error."""
+def raise_together(error: Exception | None, doing: str, consequence: str) -> None:
+    """Raise `OSError` on every rank if any has an error.
+
+    Its text names what was being done, the first rank that failed, its error, and what follows from it.
+    """
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
     failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
     if failed:
         rank, text = failed[0]
-        raise OSError(f"{doing}: rank {rank}: {text}") from error
+        raise OSError(f"{doing}: rank {rank}: {text}; {consequence}") from error

@@ -32,6 +32,9 @@ from megakor.train.fragments import fragments
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
 
+MOVING = ("lr", "num_updates")
+"""Entries of an optimizer's parameter group that change as it runs; the others are settings."""
+
 
 class Values(Protocol):
     """Where a model's values come from: a seed, or a checkpoint."""
@@ -166,11 +169,7 @@ class Engine:
         settings = deepspeed_config(config, dims)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
         self.group_settings = [
-            {
-                key: value
-                for key, value in group.items()
-                if isinstance(value, int | float | bool) and key not in ("lr", "num_updates")
-            }
+            {key: value for key, value in group.items() if isinstance(value, int | float) and key not in MOVING}
             for group in self.optimizer.param_groups
         ]
         owned = fragments(named, self.optimizer.param_groups)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megakor.checkpoint.format import MANIFEST, CheckpointManifest
+from megakor.checkpoint.format import MANIFEST, CheckpointManifest, digest
 from megakor.checkpoint.reader import CheckpointValues, newest_whole
 from tests.checkpoint.pieces import manifest, save
 
@@ -21,8 +21,9 @@ def saved(tmp_path: Path, alone: None) -> Path:
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     raw = json.loads((folder / MANIFEST).read_text())
+    del raw["digest"]
     change(raw)
-    (folder / MANIFEST).write_text(json.dumps(raw))
+    (folder / MANIFEST).write_text(json.dumps({**raw, "digest": digest(raw)}))  # as a writer would have it
 
 
 def test_manifests_round_trip(saved: Path) -> None:

@@ -34,7 +34,8 @@ def test_every_document_is_on_one_side_in_normal_form(tmp_path: Path) -> None:
     assert 20 <= len(heldout) <= 60
     assert set(side(tmp_path / "out", "train")[0]) == {"id", "text", "source"}
     assert figures == json.loads((tmp_path / "out" / "corpus.json").read_text())
-    assert figures["documents"] == 400 and figures["replaced_u2581"] == 400
+    assert figures["documents"] == 400
+    assert figures["replaced_u2581"] == 400
     assert figures["splits"]["train"]["documents"] == len(train)
     assert figures["splits"]["heldout"]["bytes"] == sum(len(text.encode()) for text in heldout)
     assert figures["characters"] == sum(map(len, train + heldout))
@@ -66,7 +67,8 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "책.txt").write_text(text)
     prepare(CorpusConfig(inputs=[str(tmp_path / "책.txt")], out=str(tmp_path / "out"), heldout_ratio=0.1))
     (head,), (tail,) = texts(tmp_path / "out", "train"), texts(tmp_path / "out", "heldout")
-    assert head + tail == text and head.endswith("\n")
+    assert head + tail == text
+    assert head.endswith("\n")
     assert 0.09 < len(tail.encode()) / len(text.encode()) < 0.12
     (tmp_path / "책.txt").write_text("가")
     with pytest.raises(ValueError, match="cannot be split in two"):
@@ -84,7 +86,8 @@ def test_max_bytes_takes_from_all_files(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.jsonl", [f"{name} 글 {n:04}" for n in range(500)])
     config = CorpusConfig(inputs=[f"{tmp_path}/*.jsonl"], out=str(tmp_path / "out"), max_bytes=4000)
     figures = prepare(config)
-    assert 3800 <= figures["bytes"] <= 4000 and figures["available"]["documents"] == 2000
+    assert 3800 <= figures["bytes"] <= 4000
+    assert figures["available"]["documents"] == 2000
     assert {name: source["documents"] for name, source in figures["sources"].items()} == pytest.approx(
         {f"{name}.jsonl": 100 for name in "abcd"}, abs=4
     )
@@ -134,7 +137,8 @@ def test_many_sources_are_counted_together(tmp_path: Path, monkeypatch: pytest.M
     lines = [json.dumps({"text": f"글 {n}", "source": f"https://example.org/{n}"}) for n in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     figures = prepare(CorpusConfig(inputs=[f"{tmp_path}/a.jsonl"], out=str(tmp_path / "out")))
-    assert len(figures["sources"]) == 4 and figures["sources"]["(other)"]["documents"] == 17
+    assert len(figures["sources"]) == 4
+    assert figures["sources"]["(other)"]["documents"] == 17
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def test_bad_lines_stop_or_are_skipped(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / "나쁜.jsonl", b"\n".join([GOOD, bad, GOOD]))
     with pytest.raises(ValueError, match=message) as error:
         read(file)
-    assert f"{file}:2: " in str(error.value) and "\n" not in str(error.value)
+    assert f"{file}:2: " in str(error.value)
+    assert "\n" not in str(error.value)
     documents, counts = read(file, skip=True)
     assert [document.id for document in documents] == ["나쁜.jsonl:1", "나쁜.jsonl:3"]
     assert counts.skipped == 1
@@ -141,7 +142,8 @@ def test_damaged_compression_stops_or_keeps_what_is_before_it(tmp_path: Path, en
         read(file)
     if damage == "truncated":
         documents, counts = read(file, skip=True)
-        assert 20_000 < len(documents) < 40_000 and counts.skipped == 1
+        assert 20_000 < len(documents) < 40_000
+        assert counts.skipped == 1
         assert documents[-1].text == many[len(documents) - 20_001]["text"]
 
 

@@ -97,7 +97,8 @@ def test_killed_and_started_again(corpus: list[Path], built: Path, tmp_path: Pat
     process = subprocess.Popen([sys.executable, "-c", code, str(out), *map(str, corpus)])
     deadline = time.monotonic() + 50
     while not (out / "shard-00003.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
@@ -108,7 +109,8 @@ def test_killed_and_started_again(corpus: list[Path], built: Path, tmp_path: Pat
     assert not (out / "manifest.json").exists()
     finished = {path.stem for path in out.glob("*.json")}
     before = {name: mtime for name, mtime in times(out).items() if name.split(".")[0] in finished and "tmp" not in name}
-    assert len(before) == 3 * len(finished) and 4 <= len(finished) < len(load_manifest(built).shards)
+    assert len(before) == 3 * len(finished)
+    assert 4 <= len(finished) < len(load_manifest(built).shards)
 
     build_shards(shard_config(corpus, out), ByteTokenizer())
     assert contents(out) == contents(built)
@@ -237,6 +239,7 @@ def test_disk_full(corpus: list[Path], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         build_shards(shard_config(corpus, tmp_path / "out"), ByteTokenizer())
-    assert (tmp_path / "out/shard-00000.json").exists() and not (tmp_path / "out/manifest.json").exists()
+    assert (tmp_path / "out/shard-00000.json").exists()
+    assert not (tmp_path / "out/manifest.json").exists()
     assert not list((tmp_path / "out").glob("*.tmp"))
     assert build_shards(shard_config(corpus, tmp_path / "out"), ByteTokenizer()).num_documents == len(TEXTS)

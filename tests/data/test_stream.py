@@ -71,7 +71,8 @@ def test_batch(folder: Path) -> None:
     (batch, _) = stream.micro_batches(2, 1, 2, 2)
     assert np.array_equal(batch.labels, batch.input_ids + 1)
     assert batch.input_ids.dtype == batch.labels.dtype == np.int64
-    assert batch.loss_mask.dtype == np.float32 and batch.loss_mask.min() == 1
+    assert batch.loss_mask.dtype == np.float32
+    assert batch.loss_mask.min() == 1
     assert batch.num_loss_tokens == stream.num_tokens_per_step == 72  # of the global batch, not of this part
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakor.checkpoint.format import step_folder
-from megakor.files import sha256_of
 from megakor.checkpoint.reader import load_model
 from megakor.config.schema import ExportConfig, Precision
+from megakor.files import sha256_of
 from megakor.interop import export, huggingface, self_check
 from megakor.interop.self_check import PROBES, same_greedy
 from megakor.tokenizer.tokenizer import Tokenizer
@@ -49,7 +49,8 @@ def test_exported_model_gives_the_checkpoint_s_logits(
     assert exported.config.vocab_size == bpe.vocab_size == figures["vocab_size"] < MODEL.vocab_size
     assert difference < 2e-5
     assert figures["max_logit_difference"] < 2e-5
-    assert figures["greedy_equal"] and figures["tokens_equal"]
+    assert figures["greedy_equal"]
+    assert figures["tokens_equal"]
     assert figures["num_parameters"] == sum(parameter.numel() for parameter in exported.parameters())
     assert leftovers(tmp_path) == []
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1
@@ -83,7 +84,8 @@ def test_auto_tokenizer(run: Path, bpe: Tokenizer) -> None:
     assert tokenizer.sep_token_id == bpe.sep_id
     batch = tokenizer(["가", "가나 다라마"], padding=True, return_tensors="pt")
     assert sorted(batch) == ["attention_mask", "input_ids"]
-    assert batch["input_ids"][0, 0] == eod and batch["attention_mask"][0, 0] == 0
+    assert batch["input_ids"][0, 0] == eod
+    assert batch["attention_mask"][0, 0] == 0
     assert len(tokenizer) == bpe.vocab_size
     assert tokenizer.model_max_length == MODEL.max_position_embeddings
     assert tokenizer.chat_template is None
@@ -136,9 +138,12 @@ def test_large_models_are_sharded(run: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_model_card(run: Path) -> None:
     out = Path(export(config(run))["out"])
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\n") and "language: ko" in card and "pipeline_tag: text-generation" in card
+    assert card.startswith("---\n")
+    assert "language: ko" in card
+    assert "pipeline_tag: text-generation" in card
     assert "name: 말뭉치-시험" in card
-    assert "1.8750" in card and "409,600" in card
+    assert "1.8750" in card
+    assert "409,600" in card
     assert "9.7500" not in card  # a later step than the checkpoint's
 
 
@@ -176,7 +181,8 @@ def test_an_export_that_disagrees_is_not_kept(run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(huggingface, "model_json", lambda *args: real(*args) | {"layer_norm_eps": 0.5})
     with pytest.raises(ValueError, match="does not agree"):
         export(config(run))
-    assert not (run.parent / "내보내기").exists() and leftovers(run.parent) == []
+    assert not (run.parent / "내보내기").exists()
+    assert leftovers(run.parent) == []
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is(run: Path, tmp_path: Path) -> None:
@@ -191,7 +197,8 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(run: Path, tmp_path: 
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
         export(config(run, out=str(tmp_path / "file")))
-    assert (out / "메모.txt").read_text() == "내 것" and (run / "metrics.jsonl").is_file()
+    assert (out / "메모.txt").read_text() == "내 것"
+    assert (run / "metrics.jsonl").is_file()
 
 
 def test_no_space_leaves_the_earlier_export(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,8 @@ def test_bpe_ids_equal_on_10000_generated_lines(bpe: Tokenizer, fast_bpe: FastTo
         ids = fast_bpe.encode(line).ids
         assert ids == bpe.encode(line), line
         assert fast_bpe.decode(ids) == normalize(line)[0]
-    assert sum("  " in line for line in lines) > 1000 and sum("<|acc|>" in line for line in lines) > 100
+    assert sum("  " in line for line in lines) > 1000
+    assert sum("<|acc|>" in line for line in lines) > 100
 
 
 @pytest.mark.skipif("MEGAKOR_TEST_CORPUS" not in os.environ, reason="MEGAKOR_TEST_CORPUS names no folder of text")
@@ -133,7 +134,7 @@ def test_control_literals_are_parsed_and_user_defined_symbols_are_not_special(
     bpe: Tokenizer, fast_bpe: FastTokenizer
 ) -> None:
     assert fast_bpe.encode("가<|endoftext|>나").ids == [*bpe.encode("가"), bpe.eod_id, *bpe.encode("나")]
-    assert fast_bpe.decode(bpe.encode("가<|acc|>\n") + [bpe.eod_id]) == "가<|acc|>\n"
+    assert fast_bpe.decode([*bpe.encode("가<|acc|>\n"), bpe.eod_id]) == "가<|acc|>\n"
     # The mark composes with `>`, so that after NFC there is no literal.
     text = "<|acc|>\u0338"
     assert fast_bpe.encode(text).ids == bpe.encode(text)

@@ -17,7 +17,8 @@ def test_nothing_is_dropped_and_nothing_reserved_is_seen(text: str) -> None:
     assert "".join(piece for piece, _ in pieces) == text
     for piece, is_seen in pieces:
         if is_seen:
-            assert 0 < len(piece) <= MAX_CHARACTERS and 4 * len(piece) <= MAX_SENTENCE_LENGTH
+            assert 0 < len(piece) <= MAX_CHARACTERS
+            assert 4 * len(piece) <= MAX_SENTENCE_LENGTH
             assert not re.search(r"[\n\r\t\0▅]|<\|tel\|>|<\|endoftext\|>|<unk>|<0x[0-9A-F]{2}>", piece)
         else:
             assert piece

@@ -92,7 +92,8 @@ def test_control_literals_never_parse_and_masks_do(tokenizer: Tokenizer) -> None
     for mask in special.MASK_TOKENS:
         index = tokenizer.special_id(mask)
         ids = tokenizer.encode(f"전화{mask}{mask}입니다")
-        assert ids.count(index) == 2 and tokenizer.decode(ids) == f"전화{mask}{mask}입니다"
+        assert ids.count(index) == 2
+        assert tokenizer.decode(ids) == f"전화{mask}{mask}입니다"
     assert tokenizer.decode([tokenizer.eod_id, *tokenizer.encode("가"), tokenizer.sep_id, special.UNKNOWN_ID]) == "가"
 
 
@@ -114,7 +115,8 @@ def test_ids_are_laid_out_as_documented(tokenizer: Tokenizer) -> None:
 
 def test_bytes_per_id_are_what_each_id_decodes_to(tokenizer: Tokenizer) -> None:
     sizes = tokenizer.num_bytes_per_id()
-    assert sizes.dtype == np.int64 and sizes.shape == (tokenizer.vocab_size,)
+    assert sizes.dtype == np.int64
+    assert sizes.shape == (tokenizer.vocab_size,)
     for index in range(tokenizer.vocab_size):
         if not tokenizer.is_byte(index):
             assert sizes[index] == len(tokenizer.decode([index]).encode())

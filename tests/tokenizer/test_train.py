@@ -28,7 +28,8 @@ def train(corpus: Path | str, out: Path, **values: Any) -> Tokenizer:
 def test_meta_tells_what_was_trained_on(corpus_file: Path, tmp_path: Path, kind: TokenizerKind) -> None:
     tokenizer = train(corpus_file, tmp_path, kind=kind, vocab_size=420)
     meta = json.loads((tmp_path / "tokenizer.meta.json").read_text())
-    assert meta == tokenizer.meta and meta["fingerprint"] == tokenizer.fingerprint
+    assert meta == tokenizer.meta
+    assert meta["fingerprint"] == tokenizer.fingerprint
     assert (meta["kind"], meta["vocab_size"], tokenizer.vocab_size) == (kind.name, 420, 420)
     texts = documents(150)
     assert meta["trained_on"]["bytes"] == sum(len(text.encode()) for text in texts)
@@ -37,7 +38,8 @@ def test_meta_tells_what_was_trained_on(corpus_file: Path, tmp_path: Path, kind:
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
     assert meta["figures"]["tokens"] == tokens
     assert meta["figures"]["bytes_per_token"] == pytest.approx(meta["trained_on"]["bytes"] / tokens)
-    assert meta["options"]["normalization_rule_name"] == "identity" and meta["options"]["byte_fallback"] is True
+    assert meta["options"]["normalization_rule_name"] == "identity"
+    assert meta["options"]["byte_fallback"] is True
     assert meta["special_tokens"]["<|tel|>"] == tokenizer.special_id("<|tel|>")
     assert {file.name for file in tmp_path.iterdir()} == {"tokenizer.model", "tokenizer.meta.json"}
 
@@ -50,7 +52,8 @@ def test_training_is_repeatable(corpus_file: Path, tmp_path: Path, kind: Tokeniz
 
 def test_words_become_pieces_and_literals_do_not(tokenizer: Tokenizer) -> None:
     pieces = {tokenizer.piece(index) for index in range(special.NUM_FIXED_PIECES, tokenizer.vocab_size)}
-    assert "▁대한민국" in pieces and "▁도서관" in pieces
+    assert "▁대한민국" in pieces
+    assert "▁도서관" in pieces
     assert not [piece for piece in pieces if re.search(r"[\n\r\t\0▅]|<\|(tel|endoftext)|<0x4", piece)]
 
 
@@ -59,7 +62,7 @@ def test_the_required_characters_are_counted_as_the_trainer_does(tmp_path: Path,
     texts = ["".join(chr(0xAC00 + (n * n) % 700) for n in range(start, start + 60)) + " 가나\n" for start in range(300)]
     corpus = write_corpus(tmp_path / "a.jsonl", texts)
     for coverage in (0.98, 0.9995, 1.0):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="vocab_size=264") as error:
             train(corpus, tmp_path / "no", kind=kind, vocab_size=264, character_coverage=coverage)
         smallest = int(re.search(r"vocab_size=264 must be at least (\d+) for this text", str(error.value))[1])
         if kind is TokenizerKind.bpe:  # the smallest works, and SentencePiece itself refuses one less
@@ -122,7 +125,7 @@ def test_the_trainer_is_quiet(
     corpus_file: Path, tmp_path: Path, kind: TokenizerKind, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train(corpus_file, tmp_path, kind=kind, vocab_size=400)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="vocab_size"):
         train(corpus_file, tmp_path, kind=kind, vocab_size=100_000)
     written = capfd.readouterr()
     assert written.out == ""
@@ -194,7 +197,7 @@ def test_bad_values_are_named(corpus_file: Path, tmp_path: Path, values: dict, m
 
 def test_a_failed_training_leaves_the_last_tokenizer(corpus_file: Path, tmp_path: Path) -> None:
     before = train(corpus_file, tmp_path, vocab_size=400).fingerprint
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="vocab_size"):
         train(corpus_file, tmp_path, vocab_size=500_000)
     assert Tokenizer.load(tmp_path).fingerprint == before
 

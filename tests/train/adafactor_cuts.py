@@ -84,9 +84,10 @@ def train(cuts: list[Cut], rank: int, group: dist.ProcessGroup | None) -> list[t
         for cut in members:
             fragments.append(Fragment(cut.name, SHAPES[cut.name], cut.offset, parameter, start, cut.numel, True))
             start += cut.numel
-        if members:
-            groups.append({"params": [parameter], "weight_decay": WEIGHT_DECAY if decays else 0.0})
-    optimizer = Adafactor(groups or [{"params": [torch.nn.Parameter(torch.zeros(0))]}], lr=0.0)
+        # As with DeepSpeed, every rank has every group; a rank that owns nothing of one has an empty flat tensor.
+        names = [name for name, shape in SHAPES.items() if (len(shape) > 1) is decays]
+        groups.append({"params": [parameter], "names": names, "weight_decay": WEIGHT_DECAY if decays else 0.0})
+    optimizer = Adafactor(groups, lr=0.0)
     optimizer.attach(fragments, SHAPES, group, torch.device("cpu"))
     for step in range(NUM_STEPS):
         whole = gradients(step)

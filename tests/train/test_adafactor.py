@@ -66,7 +66,7 @@ def test_any_cut_takes_the_same_steps(world_size: int) -> None:
 def test_moments_are_those_of_the_whole() -> None:
     """Row and column moments hold the decayed means of all squared gradients, wherever they were computed."""
     parameter = torch.nn.Parameter(torch.zeros(6))
-    optimizer = Adafactor([parameter], lr=0.1)
+    optimizer = Adafactor([{"params": [parameter], "names": ["m"]}], lr=0.1)
     shape = torch.Size([2, 3])
     optimizer.attach([Fragment("m", shape, 0, parameter, 0, 6, False)], {"m": shape}, None, torch.device("cpu"))
     first, second = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 5.0]])
@@ -77,4 +77,4 @@ def test_moments_are_those_of_the_whole() -> None:
     squared = decay * first.square() + (1 - decay) * second.square()
     torch.testing.assert_close(optimizer.moments["m"]["exp_avg_sq_row"], squared.mean(1))
     torch.testing.assert_close(optimizer.moments["m"]["exp_avg_sq_col"], squared.mean(0))
-    assert optimizer.num_steps == 2
+    assert optimizer.param_groups[0]["num_updates"] == 2
