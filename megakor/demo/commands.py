@@ -17,13 +17,15 @@ from typing import Any
 
 from megakor.config.compose import quoted
 from megakor.logs import get_logger
-from megakor.train.device import ON_HOST_PROCESSORS
 from megakor.train.metrics import read_metrics
 
 log = get_logger(__name__)
 
 NUM_PROCESSES = 2
 POLL_SECONDS = 0.05
+ON_PROCESSORS = {"DS_ACCELERATOR": "cpu"}
+"""DeepSpeed's switch, so that two processes run also where there is one GPU. Not in `train.device`: that module imports
+DeepSpeed, which reads the switch when it is imported."""
 
 
 class StageError(OSError):
@@ -58,7 +60,7 @@ def launched(name: str, overrides: list[str]) -> list[str]:
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, with its output on our standard error."""
     log.info("$ %s", shlex.join(command))
-    environment = {**ON_HOST_PROCESSORS, **os.environ}
+    environment = {**ON_PROCESSORS, **os.environ}
     return subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
 
 

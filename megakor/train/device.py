@@ -17,9 +17,6 @@ from deepspeed.accelerator import get_accelerator
 
 from megakor.config.schema import Precision
 
-ON_HOST_PROCESSORS = {"DS_ACCELERATOR": "cpu"}
-"""Environment that makes DeepSpeed compute on the CPU whatever else the machine has."""
-
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
