@@ -99,7 +99,7 @@ def in_open_section(schema: type, dotted: str) -> bool:
 def quoted(text: str) -> str:
     """A Hydra string literal. Its grammar unescapes only backslashes that stand before a quote."""
     escaped = re.sub(r"(\\*)'", lambda found: 2 * found[1] + "\\'", text)
-    return "'" + re.sub(r"(\\+)$", lambda found: 2 * found[1], escaped) + "'"
+    return "'" + re.sub(r"(\\+)\Z", lambda found: 2 * found[1], escaped) + "'"
 
 
 def items_of(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megakor.checkpoint.format import step_folder
+from megakor.checkpoint.format import CheckpointManifest, FileEntry, step_folder
 from megakor.checkpoint.reader import load_model
 from megakor.config.schema import ExportConfig, Precision
 from megakor.files import sha256_of
@@ -252,9 +252,9 @@ def test_values_that_overflow_the_type_are_refused(run: Path) -> None:
     weights = load_file(path)
     weights["weight/gpt_neox.final_layer_norm.bias@0"][0] = 1e6
     save_file(weights, path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][path.name]["sha256"] = sha256_of(path)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = CheckpointManifest.load(folder)
+    manifest.files[path.name] = FileEntry(path.stat().st_size, sha256_of(path))
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     with pytest.raises(ValueError, match=r"final_layer_norm\.bias .* precision=fp16"):
         export(config(run, precision=Precision.fp16))
 
