@@ -147,10 +147,8 @@ def load_model(
 
     It is loaded into host memory, and goes to `device` if one is given.
     """
-    manifest = CheckpointManifest.load(checkpoint)
-    model = GPTNeoXForCausalLM(model_config(manifest))
-    weights = read_weights(checkpoint)
-    with torch.no_grad():
+    with CheckpointValues(checkpoint) as values, torch.no_grad():
+        model = GPTNeoXForCausalLM(model_config(values.manifest))
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    return model.to(device=device, dtype=dtype).eval(), manifest
+            parameter.copy_(values.weight(name, 0, parameter.numel()).view(parameter.shape))
+    return model.to(device=device, dtype=dtype).eval(), values.manifest

@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megakor.config.checks import check
 from megakor.config.verbs import VERBS, Verb
+from megakor.logs import rank
 
 QUIET_HYDRA = (
     "hydra.run.dir=.",
@@ -303,7 +304,7 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if debug:
             traceback.print_exc()
-        if int(os.environ.get("RANK", "0")) > 0:
+        if rank() > 0:
             time.sleep(RANK_0_SPEAKS_FIRST)
         print(f"megakor {name}: error: {one_line(error, arguments, verb.schema)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
