@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 import os
 import re
 import sys
@@ -299,6 +300,7 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
         for config in composed:
             for key, value in sorted_.beyond_hydra.items():
                 OmegaConf.update(config, key, value, force_add=True)
+        gc.freeze()  # what was imported stays to the end: the collector need not walk it, in steps or at exit
         for config in [to_object(config, verb.schema) for config in composed]:
             run(config)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

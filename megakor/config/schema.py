@@ -321,3 +321,4 @@ class DemoConfig:
     pipeline_parallel_size: int = key(1, help="1: two data-parallel ranks; 2: two pipeline stages", unit="ranks")
     num_steps: int | None = key(None, help="pretraining steps; null: as experiment=demo", unit="steps")
     instruct_steps: int | None = key(None, help="instruction steps; null: as experiment=instruct_demo", unit="steps")
+    training: list[str] = key([], help="further overrides of both training runs, such as train.sequence_length=128")

@@ -87,8 +87,13 @@ class Arc:
             size = {} if config.vocab_size is None else {"vocab_size": config.vocab_size}
             run(verb("train-tokenizer", inputs=text["train"], out=self.path("tokenizer"), **size))
         with self.stage("shards"):
-            for side, file in text.items():
-                run(verb("shard", inputs=file, tokenizer=self.path("tokenizer"), out=self.path("shards", side)))
+            tokenizer = self.path("tokenizer")
+            run(
+                *(
+                    verb("shard", inputs=file, tokenizer=tokenizer, out=self.path("shards", side))
+                    for side, file in text.items()
+                )
+            )
 
     def pretrain(self) -> None:
         """Train, SIGKILL in the middle, go on by the same command; compare the steps that were taken twice."""
@@ -102,6 +107,7 @@ class Arc:
             override("checkpoint.interval", self.interval),
             override("evaluation.interval", self.interval),
             override("parallel.pipeline_parallel_size", self.config.pipeline_parallel_size),
+            *self.config.training,
         ]
         folder = self.folder / "pretrain"
         saved = self.interval * max(1, self.num_steps // self.interval // 2)
@@ -126,6 +132,7 @@ class Arc:
             override("tokenizer", self.path("tokenizer")),
             override("run", self.path("instruct")),
             override("parallel.pipeline_parallel_size", self.config.pipeline_parallel_size),
+            *self.config.training,
         ]
         if self.config.instruct_steps is not None:
             overrides.append(override("train.num_steps", self.config.instruct_steps))
@@ -137,11 +144,11 @@ class Arc:
     def export(self) -> None:
         """Both models as Hugging Face folders; the command fails if the self-check does."""
         with self.stage("export"):
-            for name in ("pretrain", "instruct"):
-                run(verb("export", run=self.path(name), out=self.path("export", name)))
+            names = ("pretrain", "instruct")
+            run(*(verb("export", run=self.path(name), out=self.path("export", name)) for name in names))
         checks = [
             json.loads((self.folder / "export" / name / "megakor_export.json").read_text(encoding="utf-8"))
-            for name in ("pretrain", "instruct")
+            for name in names
         ]
         self.figures["export_max_logit_difference"] = max(check["max_logit_difference"] for check in checks)
 

@@ -64,16 +64,18 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
 
 
-def run(command: list[str]) -> None:
-    """Run a command to its end; an interrupt ends it too."""
-    process = start(command)
+def run(*commands: list[str]) -> None:
+    """Run commands side by side to their ends; an interrupt ends them too."""
+    processes = [start(command) for command in commands]
     try:
-        status = process.wait()
+        statuses = [process.wait() for process in processes]
     except BaseException:
-        kill(process)
+        for process in processes:
+            kill(process)
         raise
-    if status:
-        raise StageError(f"{shlex.join(command)}: exit status {status} must be 0")
+    for command, status in zip(commands, statuses, strict=True):
+        if status:
+            raise StageError(f"{shlex.join(command)}: exit status {status} must be 0")
 
 
 def output(command: list[str]) -> dict[str, Any]:

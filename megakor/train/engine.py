@@ -27,7 +27,7 @@ from megakor.model.loss import masked_loss
 from megakor.model.parameters import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.pipeline import GPTNeoXPipeline
-from megakor.train.device import device
+from megakor.train.device import device, is_cpu
 from megakor.train.fragments import fragments
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
@@ -94,6 +94,8 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
     """DeepSpeed's configuration: the pass-through section, and over it the keys that megakor owns."""
     train = config.train
     zero: dict[str, Any] = {**config.deepspeed.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
+    if is_cpu():
+        zero.setdefault("contiguous_gradients", False)  # a copy of every gradient, against fragmented GPU memory
     return {
         "steps_per_print": 1_000_000_000,
         "zero_allow_untested_optimizer": True,  # Adafactor is ours, and knows its fragments
@@ -102,7 +104,7 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dims.data),
         "gradient_clipping": train.clip_grad_norm if config.parallel.zero_stage else 0.0,  # ZeRO-0: by train_step
-        "bf16": {"enabled": train.precision is Precision.bf16},
+        "bf16": {"enabled": train.precision is Precision.bf16, "immediate_grad_update": True},
         "fp16": {"enabled": train.precision is Precision.fp16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
@@ -168,6 +170,10 @@ class Engine:
         self.optimizer = build_optimizer(config.optimizer, named, specs)
         settings = deepspeed_config(config, dims)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=settings)
+        if dims.data == 1 and config.parallel.zero_stage == 1 and config.train.precision is Precision.bf16:
+            # One replica: DeepSpeed's bf16 optimizer would flatten, "reduce" and copy back every fp32 gradient.
+            self.engine.enable_backward_allreduce = False
+            self.engine.pipeline_enable_backward_allreduce = False
         self.group_settings = [
             {key: value for key, value in group.items() if isinstance(value, int | float) and key not in MOVING}
             for group in self.optimizer.param_groups

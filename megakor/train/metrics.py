@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import wandb
-
 from megakor.config.schema import LoggingConfig, WandbMode
 from megakor.logs import get_logger
 
@@ -84,6 +82,8 @@ class Metrics:
             self.file.write(b"\n")  # close a line that a crash cut off; it reads as no record
         self.wandb = None
         if config.wandb is not WandbMode.disabled:
+            import wandb  # here alone: slow to import, and one rank's business
+
             self.wandb = wandb.init(
                 project=config.wandb_project,
                 name=name,
