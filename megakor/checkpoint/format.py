@@ -4,9 +4,10 @@
                                   rank-00000.safetensors  the pieces that rank 0 owned, 1-D fp32
     RUN/checkpoints/latest                                "step-00000100"
 
-Each safetensors key is `state/name@offset`: a contiguous run of elements, from `offset` on, of the flattened state
-tensor of the parameter `name`. The manifest lists for every (state, name) its whole shape and where its pieces are, so
-that a reader in any layout slices what it needs. A folder is written aside under another name and renamed when whole.
+Each safetensors key is `state/name@offset`: a contiguous run of elements, from `offset` on, of a flattened state
+tensor of the parameter `name`, or of a tensor rank's shard of it: `state/name#index@offset`. The manifest lists for
+every (state, name) its whole shape, how it was cut into shards and where the pieces are, so that a reader in any layout
+slices what it needs. A folder is written aside under another name and renamed when whole.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megakor.files import sha256_of
+from megakor.model.parameters import Shard
 
-VERSION = 1
+VERSION = 2  # 2: pieces of shards
 MANIFEST = "manifest.json"
 LATEST = "latest"
 FOLDER = "checkpoints"
@@ -38,10 +40,23 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One state tensor: its whole shape and its pieces as (file, offset, number of elements)."""
+    """One state tensor.
+
+    Attributes:
+        shape: of the whole.
+        shard_dim: the dimension that it was cut along.
+        num_shards: how many equal shards.
+        pieces: as (file, shard, offset within the flattened shard, number of elements).
+    """
 
     shape: list[int]
-    pieces: list[tuple[str, int, int]]
+    shard_dim: int
+    num_shards: int
+    pieces: list[tuple[str, int, int, int]]
+
+    def shard(self, index: int) -> Shard:
+        """One of the shards."""
+        return Shard(self.shard_dim, index, self.num_shards)
 
 
 @dataclass
@@ -104,7 +119,7 @@ class CheckpointManifest:
             if Path(name).name != name:
                 raise ValueError(f"{path}: file name {name!r} must not leave the folder")
         for name, tensor in manifest.tensors.items():
-            for file, _, _ in tensor.pieces:
+            for file, *_ in tensor.pieces:
                 if file not in manifest.files:
                     raise ValueError(f"{path}: {name} has a piece in {file!r}, which must be one of the listed files")
         return manifest
@@ -118,9 +133,10 @@ class CheckpointManifest:
                 found = "missing" if size is None else f"{size} bytes"
                 raise ValueError(f"{path}: {found}; must be {entry.size} bytes")
         for name, tensor in self.tensors.items():
+            shard_size = math.prod(tensor.shape) // tensor.num_shards
             position = 0
-            for _, start, size in sorted(tensor.pieces, key=lambda piece: piece[1]):
-                if start != position:
+            for _, shard, start, size in sorted(tensor.pieces, key=lambda piece: piece[1:3]):
+                if shard * shard_size + start != position or start + size > shard_size:
                     break
                 position += size
             if position != math.prod(tensor.shape):
@@ -147,10 +163,19 @@ def typed(value: Any, kind: type) -> Any:
 
 def tensor_entry(entry: dict[str, Any]) -> TensorEntry:
     """A tensor's entry from its JSON."""
-    if any(len(typed(piece, list)) != 3 for piece in typed(entry["pieces"], list)):
-        raise WrongShape("a piece must be file, offset and number of elements")
-    pieces = [(typed(file, str), typed(start, int), typed(size, int)) for file, start, size in entry["pieces"]]
-    return TensorEntry([typed(size, int) for size in typed(entry["shape"], list)], pieces)
+    if any(len(typed(piece, list)) != 4 for piece in typed(entry["pieces"], list)):
+        raise WrongShape("a piece must be file, shard, offset and number of elements")
+    pieces = [(typed(file, str), *(typed(number, int) for number in numbers)) for file, *numbers in entry["pieces"]]
+    shape = [typed(size, int) for size in typed(entry["shape"], list)]
+    shard_dim, num_shards = typed(entry["shard_dim"], int), typed(entry["num_shards"], int)
+    if not 0 <= shard_dim < len(shape) or num_shards < 1 or shape[shard_dim] % num_shards:
+        raise WrongShape(f"{shape} must be cut along one of its dimensions into equal shards")
+    return TensorEntry(shape, shard_dim, num_shards, pieces)
+
+
+def piece_key(key: str, num_shards: int, shard: int, offset: int) -> str:
+    """A piece's key in its safetensors file."""
+    return f"{key}@{offset}" if num_shards == 1 else f"{key}#{shard}@{offset}"
 
 
 def digest(content: dict[str, Any]) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megakor.checkpoint.format import MANIFEST, CheckpointManifest, committed, step_of
+from megakor.checkpoint.format import MANIFEST, CheckpointManifest, TensorEntry, committed, piece_key, step_of
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.parameters import parameter_specs
+from megakor.model.parameters import WHOLE, Shard, parameter_specs
 from megakor.train.optimizer import WEIGHT
 
 log = get_logger(__name__)
@@ -56,29 +56,58 @@ class CheckpointValues:
     def loss_scale(self) -> dict[str, float] | None:
         return self.manifest.optimizer["loss_scale"] if self.with_optimizer else None
 
-    def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a flattened fp32 parameter."""
-        return self.read(WEIGHT, name, start, stop)
+    def weight(self, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+        """Elements [start, stop) of a flattened fp32 parameter or of a shard of it."""
+        return self.read(WEIGHT, name, start, stop, shard)
 
-    def state(self, state: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a flattened optimizer state."""
-        return self.read(state, name, start, stop) if self.with_optimizer else torch.zeros(stop - start)
+    def state(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+        """Elements [start, stop) of a flattened optimizer state or of a shard of it."""
+        return self.read(state, name, start, stop, shard) if self.with_optimizer else torch.zeros(stop - start)
 
-    def read(self, state: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a flattened state tensor, fp32.
+    def read(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+        """Elements [start, stop) of a flattened state tensor or of a shard of it, fp32, however it was cut when saved.
 
         Raises:
             ValueError: the checkpoint does not hold them.
         """
         key = f"{state}/{name}"
         entry = self.manifest.tensors.get(key)
-        if entry is None or stop > math.prod(entry.shape):
+        if entry is None or stop > math.prod(shard.shape(entry.shape)):
             raise ValueError(f"{self.folder}: {key} must be there with at least {stop} elements")
+        saved = entry.shard(0)
+        if saved.count == shard.count and (shard.count == 1 or saved.dim == shard.dim):
+            return self.run(key, entry, shard.index, start, stop)
+        # Rows of the tensor as they lie in memory: sharding along the first dimension cuts the one row of all elements.
+        dim = saved.dim if saved.count > 1 else shard.dim
+        leading = math.prod(entry.shape[:dim])
+        columns = math.prod(entry.shape) // leading
+        width = columns // shard.count
+        first_row, last_row = start // width, -(-stop // width)
+        rows = torch.empty(last_row - first_row, width, dtype=torch.float32)
+        left = width * shard.index  # of the wanted columns
+        saved_width = columns // saved.count
+        for index in range(saved.count):
+            first, last = max(left, index * saved_width), min(left + width, (index + 1) * saved_width)
+            if first >= last:
+                continue
+            if leading == 1:  # one row: just the wanted columns of it
+                a, b = max(first, left + start), min(last, left + stop)
+                if a < b:
+                    values = self.run(key, entry, index, a - index * saved_width, b - index * saved_width)
+                    rows[0, a - left : b - left] = values
+                continue
+            values = self.run(key, entry, index, first_row * saved_width, last_row * saved_width)
+            taken = values.view(-1, saved_width)[:, first - index * saved_width : last - index * saved_width]
+            rows[:, first - left : last - left] = taken
+        return rows.flatten()[start - first_row * width : stop - first_row * width]
+
+    def run(self, key: str, entry: TensorEntry, shard: int, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a flattened shard as it was saved."""
         result = torch.empty(stop - start, dtype=torch.float32)
-        for file, offset, numel in entry.pieces:
+        for file, index, offset, numel in entry.pieces:
             first, last = max(start, offset), min(stop, offset + numel)
-            if first < last:
-                piece = self.open(file).get_slice(f"{key}@{offset}")
+            if index == shard and first < last:
+                piece = self.open(file).get_slice(piece_key(key, entry.num_shards, shard, offset))
                 result[first - start : last - start] = piece[first - offset : last - offset]
         return result
 

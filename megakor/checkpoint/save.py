@@ -21,6 +21,7 @@ from megakor.checkpoint.format import (
     FileEntry,
     TensorEntry,
     committed,
+    piece_key,
     step_folder,
     step_of,
 )
@@ -36,12 +37,17 @@ def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> tuple[str,
     if not own:
         return name, None, []
     # Clones: safetensors refuses tensors that share storage, as slices of one flat tensor do.
-    save_file({f"{p.state}/{p.name}@{p.offset}": p.values.detach().cpu().clone() for p in own}, folder / name)
+    save_file({key_of(piece): piece.values.detach().cpu().clone() for piece in own}, folder / name)
     share(folder / name)
     sync(folder / name)
     entry = FileEntry(size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-    held = [(f"{p.state}/{p.name}", list(p.shape), p.offset, p.values.numel()) for p in own]
+    held = [(f"{p.state}/{p.name}", list(p.shape), p.shard, p.offset, p.values.numel()) for p in own]
     return name, entry, held
+
+
+def key_of(piece: Piece) -> str:
+    """A piece's key in its file."""
+    return piece_key(f"{piece.state}/{piece.name}", piece.shard.count, piece.shard.index, piece.offset)
 
 
 def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Piece], keep_last: int) -> Path:
@@ -95,12 +101,13 @@ def make_empty(aside: Path) -> None:
 def commit(aside: Path, folder: Path, manifest: CheckpointManifest, results: list) -> None:
     """Write the manifest, check every file's size, rename, and point `latest` at the folder."""
     manifest.files, manifest.tensors = {}, {}
-    for name, entry, held in results:
-        if entry is None:
+    for name, file_entry, held in results:
+        if file_entry is None:
             continue
-        manifest.files[name] = entry
-        for key, shape, offset, numel in held:
-            manifest.tensors.setdefault(key, TensorEntry(shape, [])).pieces.append((name, offset, numel))
+        manifest.files[name] = file_entry
+        for key, shape, shard, offset, numel in held:
+            entry = manifest.tensors.setdefault(key, TensorEntry(shape, shard.dim, shard.count, []))
+            entry.pieces.append((name, shard.index, offset, numel))
     manifest.check_sizes(aside)
     with atomic_write(aside / MANIFEST) as file:
         file.write(manifest.to_json().encode())

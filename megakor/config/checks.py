@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from megakor.config.schema import (
     GenerateConfig,
     InstructConfig,
     ModelConfig,
+    OptimizerName,
     PairsConfig,
     ParallelConfig,
     Precision,
     PretrainConfig,
     ShardConfig,
+    TrainConfig,
     TrainTokenizerConfig,
 )
 
@@ -70,6 +72,8 @@ def check_model(model: ModelConfig, prefix: str = "model") -> None:
         f"be divisible by {prefix}.num_attention_heads={heads}",
     )
     share(f"{prefix}.rotary_pct", model.rotary_pct, low_open=True)
+    for name in ("hidden_dropout", "attention_dropout"):
+        share(f"{prefix}.{name}", getattr(model, name), high_open=True)
     head_dim = model.hidden_size // heads
     rotary_dim = int(head_dim * model.rotary_pct)
     require(
@@ -80,21 +84,53 @@ def check_model(model: ModelConfig, prefix: str = "model") -> None:
     )
 
 
-def check_parallel(parallel: ParallelConfig, precision: Precision) -> None:
-    """The rules of a layout that hold for any number of processes."""
+def nearest(value: int, legal: Iterable[int]) -> str:
+    """The legal values on both sides of an illegal one, in words."""
+    options = sorted(legal)
+    below, above = [n for n in options if n < value][-1:], [n for n in options if n > value][:1]
+    return "nearest: " + " or ".join(str(n) for n in below + above)
+
+
+def divides(key: str, value: int, what: str, total: int) -> None:
+    """Raise unless the value divides the total; the error names the nearest values that do."""
+    options = [n for n in range(1, total + 1) if total % n == 0]
+    require(total % value == 0, key, value, f"divide {what}={total}; {nearest(value, options)}")
+
+
+def check_parallel(parallel: ParallelConfig, train: TrainConfig, optimizer: OptimizerName) -> None:
+    """The rules of a layout that hold for any model and any number of processes."""
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size", "data_parallel_size"):
         positive(f"parallel.{name}", getattr(parallel, name))
-    for name in ("tensor_parallel_size", "context_parallel_size"):
-        require(getattr(parallel, name) == 1, f"parallel.{name}", getattr(parallel, name), "be 1 in this version")
     stage, stages = parallel.zero_stage, parallel.pipeline_parallel_size
+    tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
     require(stage in (0, 1, 2, 3), "parallel.zero_stage", stage, "be 0, 1, 2 or 3")
     if stages > 1:
         rule = f"be 1 with parallel.pipeline_parallel_size={stages}: DeepSpeed's pipeline keeps gradients whole"
         require(stage == 1, "parallel.zero_stage", stage, rule)
-    require(stage != 3, "parallel.zero_stage", stage, "be 0, 1 or 2 in this version")
+        rule = f"be 1 with parallel.pipeline_parallel_size={stages}: only a model without stages splits sequences"
+        require(context == 1, "parallel.context_parallel_size", context, rule)
     if stage == 0:
         rule = "be 1 or more unless train.precision=fp32: ZeRO-0 is the fp32 reference"
-        require(precision is Precision.fp32, "parallel.zero_stage", stage, rule)
+        require(train.precision is Precision.fp32, "parallel.zero_stage", stage, rule)
+        rule = f"be 1 or more with parallel.tensor_parallel_size={tensor}: ZeRO-0 is the reference of whole layers"
+        require(tensor == 1, "parallel.zero_stage", stage, rule)
+    if parallel.sequence_parallel:
+        rule = "be false with parallel.tensor_parallel_size=1: tensor ranks are what splits the sequence"
+        require(tensor > 1, "parallel.sequence_parallel", True, rule)
+    divides("parallel.context_parallel_size", context, "train.sequence_length", train.sequence_length)
+    if parallel.sequence_parallel:
+        what = f"train.sequence_length={train.sequence_length} / parallel.context_parallel_size"
+        divides("parallel.tensor_parallel_size", tensor, what, train.sequence_length // context)
+    if parallel.offload_parameters:
+        rule = f"be false with parallel.zero_stage={stage}: ZeRO-3 alone moves parameters; nearest: zero_stage=3"
+        require(stage == 3, "parallel.offload_parameters", True, rule)
+    if parallel.offload_optimizer:
+        rule = "be false with parallel.zero_stage=0, which has no optimizer shards; nearest: parallel.zero_stage=1"
+        require(stage > 0, "parallel.offload_optimizer", True, rule)
+        rule = f"be false with parallel.pipeline_parallel_size={stages}: DeepSpeed's pipeline updates on the device"
+        require(stages == 1, "parallel.offload_optimizer", True, rule)
+        rule = "be false with optimizer.name=adafactor, whose sums over ranks are taken on the device"
+        require(optimizer is OptimizerName.adamw, "parallel.offload_optimizer", True, rule)
     method = parallel.pipeline_partition
     require(
         method in ("parameters", "uniform") or method.startswith("type:"),
@@ -116,7 +152,12 @@ def check_engine(config: EngineConfig) -> None:
         train.global_batch_size,
         f"be divisible by train.micro_batch_size={train.micro_batch_size}",
     )
-    check_parallel(config.parallel, train.precision)
+    positive("train.activation_checkpointing_interval", train.activation_checkpointing_interval)
+    check_parallel(config.parallel, train, optimizer.name)
+    data = config.parallel.data_parallel_size
+    if data is not None:
+        what = f"train.global_batch_size={train.global_batch_size} / train.micro_batch_size"
+        divides("parallel.data_parallel_size", data, what, train.global_batch_size // train.micro_batch_size)
     positive("optimizer.lr", optimizer.lr)
     positive("optimizer.eps", optimizer.eps)
     positive("optimizer.weight_decay", optimizer.weight_decay, allow_zero=True)
@@ -142,9 +183,10 @@ def check_deepspeed(section: dict[str, Any]) -> None:
     stage = section.get("zero_optimization", {}).get("stage")
     rule = "be left out: megakor sets it from parallel.zero_stage"
     require(stage is None, "deepspeed.zero_optimization.stage", stage, rule)
-    partitioned = section.get("pipeline", {}).get("pipe_partitioned")
-    rule = "be left out: megakor keeps it off, since it would corrupt sequence-parallel activations"
-    require(partitioned is None, "deepspeed.pipeline.pipe_partitioned", partitioned, rule)
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        value = section.get("pipeline", {}).get(key)
+        rule = "be left out: megakor keeps it off, since it would corrupt sequence-parallel activations"
+        require(value is None, f"deepspeed.pipeline.{key}", value, rule)
 
 
 def check_fit(config: EngineConfig, model: ModelConfig) -> None:
@@ -153,6 +195,14 @@ def check_fit(config: EngineConfig, model: ModelConfig) -> None:
     stages, layers = config.parallel.pipeline_parallel_size, model.num_hidden_layers
     rule = f"be at most model.num_hidden_layers={layers}"
     require(stages <= layers, "parallel.pipeline_parallel_size", stages, rule)
+    tensor, context = config.parallel.tensor_parallel_size, config.parallel.context_parallel_size
+    heads = model.num_attention_heads
+    divides("parallel.tensor_parallel_size", tensor, "model.num_attention_heads", heads)
+    divides("parallel.tensor_parallel_size", tensor, "model.intermediate_size", model.intermediate_size)
+    rows = "vocab_size" if model.vocab_size is not None else "make_vocab_size_divisible_by"
+    divides("parallel.tensor_parallel_size", tensor, f"model.{rows}", getattr(model, rows))
+    what = f"model.num_attention_heads={heads} / parallel.tensor_parallel_size"
+    divides("parallel.context_parallel_size", context, what, heads // tensor)
     longest = model.max_position_embeddings
     rule = f"be at most model.max_position_embeddings={longest}"
     require(config.train.sequence_length <= longest, "train.sequence_length", config.train.sequence_length, rule)

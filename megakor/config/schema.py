@@ -34,6 +34,14 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class ActivationCheckpointing(Enum):
+    """What the backward pass computes again instead of keeping it."""
+
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
 class OptimizerName(Enum):
     adamw = "adamw"
     adafactor = "adafactor"
@@ -90,6 +98,8 @@ class ModelConfig:
     attention_bias: bool = key(True, help="biases in the attention's linears")
     tie_word_embeddings: bool = key(False, help="share the input embedding with the output projection")
     initializer_range: float = key(0.02, help="standard deviation of initial weights")
+    hidden_dropout: float = key(0.0, help="dropout of what attention and feed-forward add to the residual stream")
+    attention_dropout: float = key(0.0, help="dropout of attention weights")
 
 
 @dataclass
@@ -102,8 +112,11 @@ class ParallelConfig:
     data_parallel_size: int | None = key(
         None, help="replicas; null: the number of processes divided by the other sizes", unit="ranks"
     )
+    sequence_parallel: bool = key(False, help="tensor ranks split the residual stream along the sequence too")
     pipeline_partition: str = key("parameters", help="how layers go to stages: parameters, uniform or type:REGEX")
     zero_stage: int = key(1, help="DeepSpeed ZeRO stage: 0 (fp32 reference only), 1, 2 or 3")
+    offload_optimizer: bool = key(False, help="keep optimizer state and its update on the host's CPUs")
+    offload_parameters: bool = key(False, help="keep parameters in the host's memory between uses (ZeRO-3)")
 
 
 # --------------------------------------------------------------------------------------------- a training run
@@ -120,6 +133,12 @@ class TrainConfig:
     sequence_length: int = key(2048, help="tokens in a sequence", unit="tokens")
     precision: Precision = key(Precision.bf16, help="arithmetic of forward and backward")
     clip_grad_norm: float = key(1.0, help="global gradient norm is clipped to this; 0: no clipping")
+    activation_checkpointing: ActivationCheckpointing = key(
+        ActivationCheckpointing.none,
+        help="recomputed in the backward pass: none; full: whole blocks; selective: attention alone",
+    )
+    activation_checkpointing_interval: int = key(1, help="with full: every so many blocks one", unit="blocks")
+    compile: bool = key(False, help="torch.compile the blocks")
 
 
 @dataclass

@@ -1,85 +1,168 @@
 """The GPT-NeoX model: token ids go in, logits come out.
 
-Module names are Hugging Face's, so that a parameter has one name everywhere. The same blocks serve the whole model
-here and the stages of a pipeline (`megakor.parallel.pipeline`).
+Module names are Hugging Face's, so that a parameter has one name everywhere. The same modules serve the whole model
+here and the stages of a pipeline (`megakor.parallel.pipeline`). `Parts` says what they are made of: whole layers or a
+tensor rank's shards, what is recomputed in the backward pass, and what seeds dropout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from megakor.config.schema import ModelConfig
-from megakor.model.layers import Embedding, Linear, Linears, WholeLinears, apply_rotary, rotary_tables
+from megakor.config.schema import ActivationCheckpointing, ModelConfig
+from megakor.model.dropout import DropoutCounter
+from megakor.model.layers import Layers, WholeLayers, apply_rotary, rotary_tables
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the model's modules are made of, besides the architecture.
+
+    Attributes:
+        layers: makes the layers.
+        checkpointing: what the backward pass computes again instead of keeping it.
+        interval: with `full`, every so many blocks one is recomputed.
+        counter: seeds dropout.
+    """
+
+    layers: Layers = field(default_factory=WholeLayers)
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    interval: int = 1
+    counter: DropoutCounter = field(default_factory=DropoutCounter)
 
 
 class Attention(nn.Module):
     """Causal self-attention with partly rotating heads. The fused projection is laid out head by head (q, k, v)."""
 
-    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.rotary_dim = int(self.head_dim * config.rotary_pct)
         self.rotary_base = config.rotary_emb_base
+        self.dropout = config.attention_dropout
+        self.layers, self.counter = parts.layers, parts.counter
+        self.recomputed = parts.checkpointing is ActivationCheckpointing.selective
         hidden_size = config.hidden_size
-        self.query_key_value = linears.column(hidden_size, 3 * hidden_size, bias=config.attention_bias)
-        self.dense = linears.row(hidden_size, hidden_size, bias=config.attention_bias)
+        self.query_key_value = parts.layers.column(hidden_size, 3 * hidden_size, bias=config.attention_bias)
+        self.dense = parts.layers.row(hidden_size, hidden_size, bias=config.attention_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        batch, length, _ = hidden_states.shape
-        fused = self.query_key_value(hidden_states).view(batch, length, -1, 3 * self.head_dim).transpose(1, 2)
-        query, key, value = fused.chunk(3, dim=-1)  # [batch, heads, seq, head_dim]
-        cos, sin = rotary_tables(length, self.rotary_dim, self.rotary_base, hidden_states.device)
-        cos, sin = cos.to(query.dtype), sin.to(query.dtype)
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        context = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.dense(context.transpose(1, 2).reshape(batch, length, -1))
+    def forward(self, hidden_states: torch.Tensor, key: int | None = None) -> torch.Tensor:
+        """[batch, seq of this rank, hidden] -> the same, to be joined.
+
+        Args:
+            key: seed of the dropout of attention weights; None: no dropout.
+        """
+        fused = self.query_key_value(hidden_states)
+        fused = fused.unflatten(2, (-1, 3 * self.head_dim))  # [batch, seq, heads, 3 × head_dim]
+        attend = partial(self.attend, key=key)
+        if self.recomputed and torch.is_grad_enabled():
+            context = self.layers.attend(partial(recompute, attend), fused)
+        else:
+            context = self.layers.attend(attend, fused)
+        return self.dense(context.flatten(2))
+
+    def attend(self, fused: torch.Tensor, key: int | None) -> torch.Tensor:
+        """Whole sequences [batch, seq, heads, 3 × head_dim] -> [batch, seq, heads, head_dim]."""
+        query, key_states, value = fused.transpose(1, 2).chunk(3, dim=-1)  # [batch, heads, seq, head_dim]
+        cos, sin = rotary_tables(fused.shape[1], self.rotary_dim, self.rotary_base, fused.device)
+        cos, sin = cos.to(fused.dtype), sin.to(fused.dtype)
+        query, key_states = apply_rotary(query, cos, sin), apply_rotary(key_states, cos, sin)
+        with nullcontext() if key is None else self.counter.seeded(key):
+            context = functional.scaled_dot_product_attention(
+                query, key_states, value, dropout_p=0.0 if key is None else self.dropout, is_causal=True
+            )
+        return context.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        self.dense_h_to_4h = linears.column(config.hidden_size, config.intermediate_size, bias=True)
-        self.dense_4h_to_h = linears.row(config.intermediate_size, config.hidden_size, bias=True)
+        self.dense_h_to_4h = layers.column(config.hidden_size, config.intermediate_size, bias=True)
+        self.dense_4h_to_h = layers.row(config.intermediate_size, config.hidden_size, bias=True)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[batch, seq of this rank, hidden] -> the same, to be joined."""
         return self.dense_4h_to_h(functional.gelu(self.dense_h_to_4h(hidden_states)))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward around the residual, in parallel (GPT-NeoX) or one after the other."""
+    """Attention and feed-forward around the residual, in parallel (GPT-NeoX) or one after the other.
 
-    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+    In parallel, both outputs are joined at once: one reduction instead of two.
+
+    Args:
+        index: of the block in the model, from 0.
+    """
+
+    def __init__(self, config: ModelConfig, parts: Parts, index: int) -> None:
         super().__init__()
         self.use_parallel_residual = config.use_parallel_residual
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config, linears)
-        self.mlp = FeedForward(config, linears)
+        self.hidden_dropout, self.attention_dropout = config.hidden_dropout, config.attention_dropout
+        self.layers, self.counter, self.index = parts.layers, parts.counter, index
+        self.recomputed = parts.checkpointing is ActivationCheckpointing.full and index % parts.interval == 0
+        self.input_layernorm = parts.layers.norm(config.hidden_size, config.layer_norm_eps)
+        self.post_attention_layernorm = parts.layers.norm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config, parts)
+        self.mlp = FeedForward(config, parts.layers)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        attended = self.attention(self.input_layernorm(hidden_states))
+        """[batch, seq of this rank, hidden] -> the same."""
+        keys = self.dropout_keys()  # taken now: a recomputation comes when the counter has gone on
+        if self.recomputed and torch.is_grad_enabled():
+            return recompute(partial(self.compute, keys=keys), hidden_states)
+        return self.compute(hidden_states, keys)
+
+    def dropout_keys(self) -> tuple[int | None, int | None, int | None]:
+        """The seeds of this pass's masks: of attention weights, and of the two branches' outputs."""
+
+        def key(place: str, probability: float, part: int) -> int | None:
+            return self.counter.key(f"{self.index}.{place}", part) if self.training and probability else None
+
+        counter, hidden = self.counter, self.hidden_dropout
+        return (
+            key("attention", self.attention_dropout, counter.heads),
+            key("attention.dense", hidden, counter.residual),
+            key("mlp", hidden, counter.residual),
+        )
+
+    def compute(self, hidden_states: torch.Tensor, keys: tuple[int | None, int | None, int | None]) -> torch.Tensor:
+        weights_key, attention_key, mlp_key = keys
+        attended = self.attention(self.input_layernorm(hidden_states), weights_key)
         if self.use_parallel_residual:
-            return self.mlp(self.post_attention_layernorm(hidden_states)) + attended + hidden_states
-        hidden_states = attended + hidden_states
-        return self.mlp(self.post_attention_layernorm(hidden_states)) + hidden_states
+            fed = self.mlp(self.post_attention_layernorm(hidden_states))
+            both = self.layers.join(fed + attended, self.attention.dense, self.mlp.dense_4h_to_h)
+            return self.counter.dropout(both, self.hidden_dropout, mlp_key) + hidden_states
+        attended = self.layers.join(attended, self.attention.dense)
+        hidden_states = self.counter.dropout(attended, self.hidden_dropout, attention_key) + hidden_states
+        fed = self.layers.join(self.mlp(self.post_attention_layernorm(hidden_states)), self.mlp.dense_4h_to_h)
+        return self.counter.dropout(fed, self.hidden_dropout, mlp_key) + hidden_states
+
+
+def recompute(function: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+    """`function(hidden_states)`, keeping its input and computing it again in the backward pass."""
+    return checkpoint(function, hidden_states, use_reentrant=False, preserve_rng_state=False)
 
 
 class GPTNeoX(nn.Module):
     """The body: embedding, blocks, final norm."""
 
-    def __init__(self, config: ModelConfig, linears: Linears) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary is resolved before a model is built"
-        self.embed_in = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, linears) for _ in range(config.num_hidden_layers))
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embed_in = parts.layers.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, parts, index) for index in range(config.num_hidden_layers))
+        self.final_layer_norm = parts.layers.norm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[batch, seq] -> [batch, seq, hidden]."""
+        """[batch, seq] -> [batch, seq of this rank, hidden]."""
         hidden_states = self.embed_in(input_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -87,22 +170,24 @@ class GPTNeoX(nn.Module):
 
 
 class GPTNeoXForCausalLM(nn.Module):
-    """The whole model on one rank.
+    """The model without a pipeline.
 
     Args:
         config: the architecture, with `vocab_size` resolved.
-        linears: what the blocks ask for their linears.
+        parts: what it is made of; None: whole layers in fp32.
     """
 
-    def __init__(self, config: ModelConfig, linears: Linears | None = None) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.gpt_neox = GPTNeoX(config, linears or WholeLinears())
+        self.config, self.parts = config, parts or Parts()
+        self.gpt_neox = GPTNeoX(config, self.parts)
         assert config.vocab_size is not None
-        self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.embed_out.weight = self.gpt_neox.embed_in.weight
+        if not config.tie_word_embeddings:
+            self.embed_out = self.parts.layers.column(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, seq, vocab_size] of the next token at every position of [batch, seq] ids."""
-        return self.embed_out(self.gpt_neox(input_ids))
+        """Logits [batch, seq, vocab_size of this rank] of the next token at every position of [batch, seq] ids."""
+        self.parts.counter.next_micro_batch()
+        hidden_states = self.gpt_neox(input_ids)
+        project = self.gpt_neox.embed_in.project if self.config.tie_word_embeddings else self.embed_out
+        return project(hidden_states)

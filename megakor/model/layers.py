@@ -1,4 +1,7 @@
-"""The layers that a model is made of, and the factory through which blocks ask for their linears.
+"""The layers that a model is made of, and the factory through which the model asks for them.
+
+The factory decides what a rank holds of each layer: `WholeLayers` makes whole ones for one rank,
+`megakor.parallel.tensor.ShardedLayers` a tensor rank's shards. The model itself does not know.
 
 Weights are allocated without values: a parameter's initial value depends on the seed and its canonical name alone
 (`megakor.model.parameters`), so a layer that filled its own weights would only be overwritten.
@@ -6,10 +9,16 @@ Weights are allocated without values: a parameter's initial value depends on the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+Attend = Callable[[torch.Tensor], torch.Tensor]
+"""Attention over whole sequences: fused [batch, seq, heads, 3 × head_dim] -> [batch, seq, heads, head_dim]."""
 
 
 class Linear(nn.Linear):
@@ -20,28 +29,69 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` whose values come from `initialize_parameters`."""
+    """`nn.Embedding` whose values come from `initialize_parameters`, and which can project back onto its rows."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, seq, rows] from the embedding's own rows, for tied embeddings."""
+        return functional.linear(hidden_states, self.weight)
+
+
+class Norm(nn.LayerNorm):
+    """`nn.LayerNorm` whose values come from `initialize_parameters`."""
 
     def reset_parameters(self) -> None:
         pass
 
 
-class Linears(Protocol):
-    """What a block asks for its linears: column linears split their output over ranks, row linears their input."""
+class Layers(Protocol):
+    """What a model asks for its layers.
 
-    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
+    Hidden states of the residual stream are [batch, seq of this rank, hidden]. Column linears split their output over
+    tensor ranks, row linears their input, so the output of a row linear is a partial sum until it is joined.
+    """
 
-    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
+    def embedding(self, num_rows: int, size: int) -> Embedding: ...
+
+    def norm(self, size: int, eps: float) -> nn.LayerNorm: ...
+
+    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Linear: ...
+
+    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear: ...
+
+    def join(self, partial: torch.Tensor, *rows: nn.Linear) -> torch.Tensor:
+        """The sum of the outputs of `rows`, biases included, from this rank's sum of their partial outputs."""
+
+    def attend(self, attend: Attend, fused: torch.Tensor) -> torch.Tensor:
+        """`attend` over the whole sequences, from and to this rank's part of them."""
 
 
-class WholeLinears:
-    """The default factory: whole linears on one rank."""
+@dataclass(frozen=True)
+class WholeLayers:
+    """The default factory: whole layers on one rank."""
 
-    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return Linear(in_features, out_features, bias=bias)
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
 
-    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return Linear(in_features, out_features, bias=bias)
+    def embedding(self, num_rows: int, size: int) -> Embedding:
+        return Embedding(num_rows, size, dtype=self.dtype, device=self.device)
+
+    def norm(self, size: int, eps: float) -> nn.LayerNorm:
+        return Norm(size, eps=eps, dtype=self.dtype, device=self.device)
+
+    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+        return Linear(in_features, out_features, bias=bias, dtype=self.dtype, device=self.device)
+
+    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+        return Linear(in_features, out_features, bias=bias, dtype=self.dtype, device=self.device)
+
+    def join(self, partial: torch.Tensor, *rows: nn.Linear) -> torch.Tensor:
+        return partial  # whole row linears have added their biases
+
+    def attend(self, attend: Attend, fused: torch.Tensor) -> torch.Tensor:
+        return attend(fused)
 
 
 def rotary_tables(length: int, rotary_dim: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

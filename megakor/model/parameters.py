@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,26 @@ HEAD = "embed_out"
 def block(index: int) -> str:
     """Canonical prefix of block `index`."""
     return f"gpt_neox.layers.{index}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count` equal parts of a tensor along `dim`; of the whole, if `count` is 1."""
+
+    dim: int = 0
+    index: int = 0
+    count: int = 1
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """The part's shape."""
+        return tuple(size // self.count if dim == self.dim else size for dim, size in enumerate(whole))
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part, as a view."""
+        return whole.chunk(self.count, self.dim)[self.index] if self.count > 1 else whole
+
+
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,10 @@ class ParameterSpec:
     def decays(self) -> bool:
         """Whether weight decay applies: to matrices, not to biases and norms."""
         return len(self.shape) > 1
+
+    def shard(self, index: int, count: int) -> Shard:
+        """What tensor rank `index` of `count` holds of it."""
+        return WHOLE if self.shard_dim is None or count == 1 else Shard(self.shard_dim, index, count)
 
     def initial_value(self, seed: int) -> torch.Tensor:
         """The whole initial tensor, fp32 on the CPU; a function of the seed and the name alone."""

@@ -7,39 +7,65 @@ projection; tied embeddings are one tied layer that stands at both ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
-from torch.nn import functional
 
 from megakor.config.schema import ModelConfig
 from megakor.model import parameters
-from megakor.model.gpt_neox import Block
-from megakor.model.layers import Embedding, Linear, Linears
+from megakor.model.gpt_neox import Block, Parts
+from megakor.model.layers import Embedding, Linear, Norm
 from megakor.parallel.dims import ParallelDims
+from megakor.parallel.groups import pipeline_topology
 
 TIED = "embed"
 
 
-def project_tied(embedding: nn.Embedding, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Logits from the embedding's own rows."""
-    return functional.linear(hidden_states, embedding.weight)
+class MadeLayer(LayerSpec):
+    """A pipeline layer that a factory makes.
+
+    Args:
+        kind: what it is, for DeepSpeed's partition by type and its listing.
+        make: makes it.
+    """
+
+    def __init__(self, kind: type[nn.Module], make: Callable[[], nn.Module]) -> None:
+        super().__init__(kind)
+        self.make = make
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.make()
 
 
-def layer_specs(config: ModelConfig, linears: Linears) -> list[tuple[str, LayerSpec]]:
+class MadeTiedLayer(TiedLayerSpec):
+    """The same for a layer that stands at several places."""
+
+    def __init__(
+        self, key: str, kind: type[nn.Module], make: Callable[[], nn.Module], forward_fn: Callable | None = None
+    ) -> None:
+        super().__init__(key, kind, forward_fn=forward_fn)
+        self.make = make
+
+    build = MadeLayer.build
+
+
+def layer_specs(config: ModelConfig, parts: Parts) -> list[tuple[str, LayerSpec]]:
     """Every pipeline layer with its canonical prefix, first to last."""
     assert config.vocab_size is not None
-    size = (config.vocab_size, config.hidden_size)
+    rows, hidden, layers = config.vocab_size, config.hidden_size, parts.layers
+    embedding = partial(layers.embedding, rows, hidden)
+    first: Any = MadeLayer(Embedding, embedding)
+    last: Any = MadeLayer(Linear, partial(layers.column, hidden, rows, bias=False))
     if config.tie_word_embeddings:
-        first = TiedLayerSpec(TIED, Embedding, *size)
-        last = TiedLayerSpec(TIED, Embedding, *size, forward_fn=project_tied)
-    else:
-        first = LayerSpec(Embedding, *size)
-        last = LayerSpec(Linear, config.hidden_size, config.vocab_size, bias=False)
-    blocks = [(parameters.block(index), LayerSpec(Block, config, linears)) for index in range(config.num_hidden_layers)]
-    norm = LayerSpec(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
+        first = MadeTiedLayer(TIED, Embedding, embedding)
+        last = MadeTiedLayer(TIED, Embedding, embedding, forward_fn=lambda layer, states: layer.project(states))
+    blocks = [
+        (parameters.block(index), LayerSpec(Block, config, parts, index)) for index in range(config.num_hidden_layers)
+    ]
+    norm = MadeLayer(Norm, partial(layers.norm, hidden, config.layer_norm_eps))
     return [(parameters.EMBEDDING, first), *blocks, (parameters.FINAL_NORM, norm), (parameters.HEAD, last)]
 
 
@@ -52,17 +78,22 @@ class GPTNeoXPipeline(PipelineModule):
     """
 
     def __init__(
-        self, config: ModelConfig, linears: Linears, dims: ParallelDims, partition: str, loss_fn: Callable
+        self, config: ModelConfig, parts: Parts, dims: ParallelDims, partition: str, loss_fn: Callable
     ) -> None:
-        layers = layer_specs(config, linears)
-        self.prefixes = [prefix for prefix, _ in layers]
+        layers = layer_specs(config, parts)
+        self.prefixes, self.counter = [prefix for prefix, _ in layers], parts.counter
         super().__init__(
             layers=[spec for _, spec in layers],
-            topology=PipeModelDataParallelTopology(num_pp=dims.pipeline, num_dp=dims.data, num_mp=dims.tensor),
+            topology=pipeline_topology(dims),
             loss_fn=loss_fn,
             partition_method=partition,
             activation_checkpoint_interval=0,
         )
+
+    def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
+        """The stage's layers over one micro-batch."""
+        self.counter.next_micro_batch()
+        return super().forward(forward_input)
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stage's parameters by canonical name."""

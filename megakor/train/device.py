@@ -29,6 +29,16 @@ def is_cpu() -> bool:
     return device().type == "cpu"
 
 
+def loss_chunk() -> int:
+    """Logits that the loss works through at a time: what a CPU's cache holds, or enough to fill an accelerator."""
+    return 2**18 if is_cpu() else 2**27
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A host tensor on this rank's device; accelerators copy from pinned memory beside the computation."""
+    return tensor if is_cpu() else get_accelerator().pin_memory(tensor).to(device(), non_blocking=True)
+
+
 def check_precision(precision: Precision) -> None:
     """Raise where this device cannot train in a precision."""
     if precision is Precision.fp16 and is_cpu():

@@ -87,7 +87,7 @@ def train(training: Training) -> None:
             start = time.perf_counter()
             batches = training.stream.micro_batches(step, engine.data_rank, engine.dims.data, engine.micro_batch_size)
             lr = learning_rate(config.schedule, config.optimizer.lr, step, num_steps)
-            result = engine.train_step(batches, lr)
+            result = engine.train_step(batches, lr, step)
             done = step + 1
             reporter.step(done, time.perf_counter() - start, loss=result.loss, lr=lr, grad_norm=result.grad_norm)
             if config.evaluation.interval and (done % config.evaluation.interval == 0 or done == num_steps):

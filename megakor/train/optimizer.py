@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megakor.config.schema import OptimizerConfig, OptimizerName
-from megakor.model.parameters import ParameterSpec
-from megakor.train.adafactor import Adafactor
-from megakor.train.fragments import Fragment
+from megakor.model.parameters import WHOLE, ParameterSpec, Shard
+from megakor.parallel.build import Held
+from megakor.train.adafactor import Adafactor, Sharing
+from megakor.train.fragments import Flat, Fragment
 
 WEIGHT = "weight"
 
@@ -27,7 +27,8 @@ class Piece:
         state: `weight` or the optimizer's name of the state.
         name: canonical name of the parameter.
         shape: shape of the whole state tensor.
-        offset: first element within the flattened state tensor.
+        shard: the tensor rank's shard of it that this model has.
+        offset: first element within the flattened shard.
         values: the rank's live fp32 storage [numel]; loading writes into it.
         writes: whether this rank saves it; exactly one rank saves each element.
     """
@@ -35,6 +36,7 @@ class Piece:
     state: str
     name: str
     shape: tuple[int, ...]
+    shard: Shard
     offset: int
     values: torch.Tensor
     writes: bool
@@ -56,15 +58,16 @@ def build_optimizer(
 
 
 def optimizer_pieces(
-    optimizer: torch.optim.Optimizer, fragments: list[Fragment], first_replica: bool, replicated: set[str]
+    optimizer: torch.optim.Optimizer, fragments: list[Fragment], held: dict[str, Held], first: bool, first_tensor: bool
 ) -> list[Piece]:
     """The fp32 weights and the optimizer state that this rank holds.
 
     Args:
         optimizer: built by `build_optimizer`, its state prepared.
         fragments: the rank's own pieces of the parameters.
-        first_replica: whether this rank is the first of its data-parallel peers, which saves what all of them hold.
-        replicated: parameters that another pipeline stage saves (tied embeddings).
+        held: the rank's parameters by name.
+        first: whether this rank is the first of its replicas, which saves what all of them hold.
+        first_tensor: whether it is the first of its tensor ranks too, which saves what those all hold.
     """
     pieces = []
     for fragment in fragments:
@@ -75,42 +78,39 @@ def optimizer_pieces(
         else:
             state = optimizer.state[fragment.flat]
             states |= {key: fragment.of(value) for key, value in state.items() if value.shape == fragment.flat.shape}
-        writes = (fragment.exclusive or first_replica) and fragment.name not in replicated
+        own = held[fragment.name]
+        writes = (fragment.exclusive or first) and not own.saved_elsewhere
         for key, values in states.items():
-            pieces.append(Piece(key, fragment.name, tuple(fragment.shape), fragment.offset, values, writes))
+            pieces.append(Piece(key, fragment.name, own.spec.shape, own.shard, fragment.offset, values, writes))
     if isinstance(optimizer, Adafactor):
         for name, moment in optimizer.moments.items():
-            for key in moment.keys() - {"exp_avg_sq"}:
-                writes = first_replica and name not in replicated
-                pieces.append(Piece(key, name, tuple(moment[key].shape), 0, moment[key], writes))
+            for key in sorted(moment.keys() - {"exp_avg_sq"}):  # whole on every rank that has the parameter
+                writes = first and first_tensor and not held[name].tied_elsewhere
+                pieces.append(Piece(key, name, tuple(moment[key].shape), WHOLE, 0, moment[key], writes))
     return pieces
 
 
 def prepare_state(
-    optimizer: torch.optim.Optimizer,
-    fragments: list[Fragment],
-    shapes: dict[str, torch.Size],
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-    num_updates: int,
+    optimizer: torch.optim.Optimizer, fragments: list[Fragment], tensors: list[Flat], num_updates: int, sharing: Sharing
 ) -> None:
-    """Make the optimizer's state exist, zeroed, as after `num_updates` updates; the pieces then let a load fill it."""
+    """Make the optimizer's state exist, zeroed, as after `num_updates` updates; the pieces then let a load fill it.
+
+    Args:
+        tensors: what the optimizer updates.
+        sharing: how the parameters are cut over ranks; for Adafactor.
+    """
     if isinstance(optimizer, Adafactor):
-        optimizer.attach(fragments, shapes, group, device)
-        for param_group in optimizer.param_groups:
-            param_group["num_updates"] = num_updates
-        return
-    for param_group in optimizer.param_groups:
-        for tensor in param_group["params"]:
-            optimizer.state[tensor] = {
-                "step": torch.tensor(float(num_updates), dtype=torch.float32, device=tensor.device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
+        return optimizer.attach(fragments, tensors, num_updates, sharing)
+    for flat in tensors:
+        optimizer.state[flat.tensor] = {
+            "step": torch.tensor(float(num_updates), dtype=torch.float32, device=flat.tensor.device),
+            "exp_avg": torch.zeros_like(flat.tensor, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(flat.tensor, requires_grad=False),
+        }
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
     """Updates done; fewer than the run's steps where fp16 overflowed and steps were skipped."""
     if isinstance(optimizer, Adafactor):
-        return optimizer.param_groups[0]["num_updates"]
+        return optimizer.steps
     return int(next(iter(optimizer.state.values()))["step"])

@@ -94,7 +94,7 @@ class MegakorTrainer:
         self.description = f"megakor, {case.train.precision.value}, ZeRO-1"
 
     def step(self, batches: list[Batch]) -> tuple[float, float]:
-        result = self.engine.train_step(batches, LEARNING_RATE)
+        result = self.engine.train_step(batches, LEARNING_RATE, step=0)
         return result.loss, result.grad_norm
 
 

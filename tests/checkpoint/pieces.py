@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.save import save_checkpoint
-from megakor.model.parameters import parameter_specs
+from megakor.model.parameters import WHOLE, parameter_specs
 from megakor.train.optimizer import Piece
 from tests.model.configs import small
 
@@ -54,13 +54,14 @@ def cut(rank: int, world_size: int, seed: int) -> list[Piece]:
             writer, copied = rng.randrange(world_size), rng.random() < 0.2
             if writer == rank or copied:
                 values = whole.view(-1)[start:stop].clone()
-                pieces.append(Piece(kind, name, tuple(whole.shape), start, values, writer == rank))
+                pieces.append(Piece(kind, name, tuple(whole.shape), WHOLE, start, values, writer == rank))
     return pieces
 
 
 def whole_pieces(seed: int = 0) -> list[Piece]:
     return [
-        Piece(kind, name, tuple(whole.shape), 0, whole.reshape(-1), True) for (kind, name), whole in state(seed).items()
+        Piece(kind, name, tuple(whole.shape), WHOLE, 0, whole.reshape(-1), True)
+        for (kind, name), whole in state(seed).items()
     ]
 
 

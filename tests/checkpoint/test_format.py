@@ -97,8 +97,8 @@ def test_a_manifest_of_other_types_is_passed_over(
 
 
 def test_another_version(saved: Path) -> None:
-    edit(saved, lambda raw: raw.update(version=2))
-    with pytest.raises(ValueError, match=r"version=2 must be 1"):
+    edit(saved, lambda raw: raw.update(version=3))
+    with pytest.raises(ValueError, match=r"version=3 must be 2"):
         CheckpointManifest.load(saved)
 
 

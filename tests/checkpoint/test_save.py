@@ -224,7 +224,9 @@ def pieces_missing(run: Path) -> str:
     """Rank 1 lost a piece: the checkpoint does not cover a tensor."""
     pieces = whole_pieces() if dist.get_rank() == 0 else []
     lost = [piece for piece in pieces if piece.name != "embed_out.weight"]
-    half = [Piece(p.state, p.name, p.shape, 0, p.values[:8], True) for p in pieces if p.name == "embed_out.weight"]
+    half = [
+        Piece(p.state, p.name, p.shape, p.shard, 0, p.values[:8], True) for p in pieces if p.name == "embed_out.weight"
+    ]
     try:
         save_checkpoint(run, manifest(5), lost + half, keep_last=0)
     except (OSError, ValueError) as error:

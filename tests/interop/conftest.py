@@ -113,7 +113,7 @@ def write_run(run: Path, tokenizer: Tokenizer, model: ModelConfig, seed: int = 0
         train={},
         files={file.name: FileEntry(file.stat().st_size, sha256_of(file))},
         tensors={
-            f"{WEIGHT}/{name}": TensorEntry(list(tensor.shape), [(file.name, 0, tensor.numel())])
+            f"{WEIGHT}/{name}": TensorEntry(list(tensor.shape), 0, 1, [(file.name, 0, 0, tensor.numel())])
             for name, tensor in weights.items()
         },
     )

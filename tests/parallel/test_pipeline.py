@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from megakor.config.schema import ModelConfig
-from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.layers import WholeLinears
+from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
 from megakor.model.parameters import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.pipeline import GPTNeoXPipeline, layer_specs
@@ -27,7 +26,7 @@ def test_the_layers_in_a_row_are_the_model(tied: bool) -> None:
     states: torch.Tensor = ids
     embedding: nn.Module | None = None
     with torch.no_grad():
-        for prefix, spec in layer_specs(config, WholeLinears()):
+        for prefix, spec in layer_specs(config, Parts()):
             layer = spec.build()
             if tied and prefix == "embed_out":
                 assert embedding is not None
@@ -42,7 +41,7 @@ def test_the_layers_in_a_row_are_the_model(tied: bool) -> None:
 
 def names(config: ModelConfig, stages: int, partition: str) -> dict[str, tuple[int, ...]]:
     dims = ParallelDims(pipeline=stages, data=2 // stages, context=1, tensor=1)
-    stage = GPTNeoXPipeline(config, WholeLinears(), dims, partition, loss_fn=lambda logits, labels: logits.sum())
+    stage = GPTNeoXPipeline(config, Parts(), dims, partition, loss_fn=lambda logits, labels: logits.sum())
     return {name: tuple(parameter.shape) for name, parameter in stage.canonical_parameters()}
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megakor.train.adafactor import Adafactor
-from megakor.train.fragments import Fragment
+from megakor.train.adafactor import Adafactor, Sharing
+from megakor.train.fragments import Flat, Fragment
 
 SHAPES = {"a": (7, 5), "b": (11,), "c": (4, 9), "d": (1, 6), "e": (6, 1), "f": (3,), "g": (16, 16), "h": (1,)}
 SHAPES = {name: torch.Size(shape) for name, shape in SHAPES.items()}
@@ -88,7 +88,8 @@ def train(cuts: list[Cut], rank: int, group: dist.ProcessGroup | None) -> list[t
         names = [name for name, shape in SHAPES.items() if (len(shape) > 1) is decays]
         groups.append({"params": [parameter], "names": names, "weight_decay": WEIGHT_DECAY if decays else 0.0})
     optimizer = Adafactor(groups, lr=0.0)
-    optimizer.attach(fragments, SHAPES, group, torch.device("cpu"))
+    tensors = [Flat(param_group["params"][0], param_group["names"]) for param_group in groups]
+    optimizer.attach(fragments, tensors, 0, Sharing(SHAPES, replicas=group))
     for step in range(NUM_STEPS):
         whole = gradients(step)
         for param_group in optimizer.param_groups:

@@ -68,7 +68,9 @@ def test_moments_are_those_of_the_whole() -> None:
     parameter = torch.nn.Parameter(torch.zeros(6))
     optimizer = Adafactor([{"params": [parameter], "names": ["m"]}], lr=0.1)
     shape = torch.Size([2, 3])
-    optimizer.attach([Fragment("m", shape, 0, parameter, 0, 6, False)], {"m": shape}, None, torch.device("cpu"))
+    optimizer.attach(
+        [Fragment("m", shape, 0, parameter, 0, 6, False)], [Flat(parameter, ["m"])], 0, Sharing({"m": shape})
+    )
     first, second = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 5.0]])
     for gradient in (first, second):
         parameter.grad = gradient.view(-1)

@@ -5,9 +5,10 @@ import torch
 
 from megakor.config.schema import OptimizerConfig, OptimizerName
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.parameters import parameter_specs
-from megakor.train.adafactor import Adafactor
-from megakor.train.fragments import fragments
+from megakor.model.parameters import WHOLE, parameter_specs
+from megakor.parallel.build import Held
+from megakor.train.adafactor import Adafactor, Sharing
+from megakor.train.fragments import flats, fragments
 from megakor.train.optimizer import build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
 from tests.model.configs import small
 
@@ -21,6 +22,12 @@ def built(name: OptimizerName, **changes: float) -> tuple[GPTNeoXForCausalLM, to
     options = OptimizerConfig(name=name, lr=0.01, **changes)
     specs = {spec.name: spec for spec in parameter_specs(config)}
     return model, build_optimizer(options, list(model.named_parameters()), specs)
+
+
+def whole(named: list[tuple[str, torch.nn.Parameter]], tied: str | None = None) -> dict[str, Held]:
+    """Every parameter held whole; `tied` is saved by another stage."""
+    specs = {spec.name: spec for spec in parameter_specs(small())}
+    return {name: Held(specs[name], WHOLE, name == tied, name == tied) for name, _ in named}
 
 
 @pytest.mark.parametrize("name", OptimizerName)
@@ -63,11 +70,13 @@ def test_a_stage_without_matrices_has_no_empty_group() -> None:
 def test_pieces_are_the_live_state(name: OptimizerName) -> None:
     model, optimizer = built(name)
     named = list(model.named_parameters())
+    tensors = flats(None, optimizer, named)
+    owned = fragments(named, tensors)
+    held = whole(named)
     shapes = {key: parameter.shape for key, parameter in named}
-    owned = fragments(named, optimizer.param_groups)
-    prepare_state(optimizer, owned, shapes, None, torch.device("cpu"), num_updates=4)
+    prepare_state(optimizer, owned, tensors, 4, Sharing(shapes))
     assert optimizer_steps(optimizer) == 4
-    pieces = optimizer_pieces(optimizer, owned, first_replica=True, replicated=set())
+    pieces = optimizer_pieces(optimizer, owned, held, first=True, first_tensor=True)
     by_state = {(piece.state, piece.name): piece for piece in pieces}
     assert len(by_state) == len(pieces)
     assert all(piece.writes and piece.offset == 0 for piece in pieces)
@@ -92,10 +101,11 @@ def test_pieces_are_the_live_state(name: OptimizerName) -> None:
 def test_only_the_first_replica_writes_what_all_hold() -> None:
     model, optimizer = built(OptimizerName.adamw)
     named = list(model.named_parameters())
-    owned = fragments(named, optimizer.param_groups)
-    prepare_state(optimizer, owned, {}, None, torch.device("cpu"), num_updates=0)
+    tensors = flats(None, optimizer, named)
+    owned = fragments(named, tensors)
+    prepare_state(optimizer, owned, tensors, 0, Sharing({}))
     tied = "gpt_neox.embed_in.weight"
-    first = optimizer_pieces(optimizer, owned, first_replica=True, replicated={tied})
-    second = optimizer_pieces(optimizer, owned, first_replica=False, replicated=set())
+    first = optimizer_pieces(optimizer, owned, whole(named, tied), first=True, first_tensor=True)
+    second = optimizer_pieces(optimizer, owned, whole(named), first=False, first_tensor=True)
     assert {piece.name for piece in first if not piece.writes} == {tied}
     assert not any(piece.writes for piece in second)

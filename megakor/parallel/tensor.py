@@ -1,0 +1,232 @@
+"""Tensor and sequence parallelism: a tensor rank's shards of the layers, and the collectives between them.
+
+Megatron-LM's scheme (Shoeybi et al. 2019; Korthikanti et al. 2022). Column linears split their output features, row
+linears their input features; a row linear's output is a partial sum, which `join` adds up. Without sequence
+parallelism every tensor rank holds the whole residual stream:
+
+    column: copy forward, all-reduce backward          join: all-reduce forward, copy backward
+
+With it, each rank holds its part of the sequence, norms and dropout work on that part, and
+
+    column: all-gather forward, reduce-scatter backward          join: reduce-scatter forward, all-gather backward
+
+Norms and row biases then see a part of the tokens only, so their gradients are summed over the tensor ranks, in an
+identity around the parameter. Dimension 1 of hidden states is the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from megakor.model.layers import Attend, Embedding, Linear, Norm
+from megakor.parallel.context import exchange
+from megakor.parallel.groups import Groups
+
+
+def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum over the group, as a new tensor."""
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def gather_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[batch, seq / size, …] of each rank -> [batch, seq, …]."""
+    size = dist.get_world_size(group)
+    batch, length, *rest = part.shape
+    parts = part.new_empty((size * batch, length, *rest))
+    dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    return parts.unflatten(0, (size, batch)).transpose(0, 1).reshape(batch, size * length, *rest)
+
+
+def scatter_sequence(partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[batch, seq, …] partial sums -> this rank's part of their sum over the group, [batch, seq / size, …]."""
+    size = dist.get_world_size(group)
+    parts = partial.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # [size, batch, seq / size, …]
+    part = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group)
+    return part
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_reduce(gradient, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return all_reduce(partial, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return gather_sequence(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return scatter_sequence(gradient, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return scatter_sequence(partial, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gather_sequence(gradient, ctx.group), None
+
+
+class _SumGradients(torch.autograd.Function):
+    """Parameters as they are; their gradients, summed over the group in one collective."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        total = torch.cat([gradient.flatten().float() for gradient in gradients])
+        dist.all_reduce(total, group=ctx.group)
+        sums = total.split([gradient.numel() for gradient in gradients])
+        return None, *(s.view_as(g).to(g.dtype) for s, g in zip(sums, gradients, strict=True))
+
+
+@dataclass(frozen=True)
+class TensorRegion:
+    """The way into and out of the part of a layer that tensor ranks split."""
+
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    def enter(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Residual stream -> whole sequences."""
+        return (_Gather if self.sequence_parallel else _Copy).apply(hidden_states, self.group)
+
+    def leave(self, partial: torch.Tensor) -> torch.Tensor:
+        """Partial sums over whole sequences -> residual stream."""
+        return (_Scatter if self.sequence_parallel else _Sum).apply(partial, self.group)
+
+    def residual_parameters(self, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Parameters that every tensor rank holds whole, for use on the residual stream."""
+        return _SumGradients.apply(self.group, *parameters) if self.sequence_parallel else parameters
+
+
+class ColumnLinear(Linear):
+    """A shard of the output features. [batch, seq of this rank, in] -> [batch, seq, out / size]."""
+
+    region: TensorRegion
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.region.enter(hidden_states))
+
+
+class RowLinear(Linear):
+    """A shard of the input features: [batch, seq, in / size] -> partial sums [batch, seq, out], without the bias."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden_states, self.weight)
+
+
+class VocabularyEmbedding(Embedding):
+    """A shard of the rows, from row `first` on. [batch, seq] ids -> [batch, seq of this rank, hidden]."""
+
+    region: TensorRegion
+    first: int
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        local = input_ids - self.first
+        absent = (local < 0) | (local >= self.num_embeddings)
+        rows = super().forward(local.clamp(0, self.num_embeddings - 1))
+        return self.region.leave(rows.masked_fill(absent.unsqueeze(-1), 0.0))
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, seq, rows of this shard]."""
+        return super().project(self.region.enter(hidden_states))
+
+
+class ResidualNorm(Norm):
+    """A norm of this rank's part of the residual stream."""
+
+    region: TensorRegion
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.region.residual_parameters(self.weight, self.bias)
+        return functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
+
+
+@dataclass(frozen=True)
+class ShardedLayers:
+    """The factory of a rank's shards; serves every layout, `WholeLayers` those without tensor and context ranks."""
+
+    groups: Groups
+    dtype: torch.dtype
+    device: torch.device | None = None
+
+    @property
+    def region(self) -> TensorRegion:
+        return TensorRegion(self.groups.tensor, self.groups.dims.sequence_parallel)
+
+    @property
+    def size(self) -> int:
+        return self.groups.dims.tensor
+
+    def embedding(self, num_rows: int, size: int) -> Embedding:
+        if self.size == 1:
+            return Embedding(num_rows, size, dtype=self.dtype, device=self.device)
+        layer = VocabularyEmbedding(num_rows // self.size, size, dtype=self.dtype, device=self.device)
+        layer.region, layer.first = self.region, self.groups.position("tensor") * (num_rows // self.size)
+        return layer
+
+    def norm(self, size: int, eps: float) -> nn.LayerNorm:
+        layer = ResidualNorm(size, eps=eps, dtype=self.dtype, device=self.device)
+        layer.region = self.region
+        return layer
+
+    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+        options: dict[str, Any] = {"bias": bias, "dtype": self.dtype, "device": self.device}
+        if self.size == 1:
+            return Linear(in_features, out_features, **options)
+        layer = ColumnLinear(in_features, out_features // self.size, **options)
+        layer.region = self.region
+        return layer
+
+    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+        kind = Linear if self.size == 1 else RowLinear
+        return kind(in_features // self.size, out_features, bias=bias, dtype=self.dtype, device=self.device)
+
+    def join(self, partial: torch.Tensor, *rows: nn.Linear) -> torch.Tensor:
+        if self.size == 1:
+            return partial
+        joined = self.region.leave(partial)
+        biases = [row.bias for row in rows if row.bias is not None]
+        for bias in self.region.residual_parameters(*biases) if biases else ():
+            joined = joined + bias
+        return joined
+
+    def attend(self, attend: Attend, fused: torch.Tensor) -> torch.Tensor:
+        if self.groups.dims.context == 1:
+            return attend(fused)
+        group = self.groups.context
+        return exchange(attend(exchange(fused, group, to_heads=True)), group, to_heads=False)
