@@ -17,6 +17,9 @@ from deepspeed.accelerator import get_accelerator
 
 from megakor.config.schema import Precision
 
+HOST = "cpu"
+"""DeepSpeed's name of where offloaded state is kept."""
+
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 

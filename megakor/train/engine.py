@@ -29,7 +29,7 @@ from megakor.parallel.context import own_part
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups, ModelParallelUnit
 from megakor.train.adafactor import Sharing
-from megakor.train.device import DTYPES, device, is_cpu, loss_chunk, to_device
+from megakor.train.device import DTYPES, HOST, device, is_cpu, loss_chunk, to_device
 from megakor.train.fragments import flats, fragments, is_partitioned, own_range
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
@@ -97,9 +97,9 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
         zero.setdefault("contiguous_gradients", False)  # a copy of every gradient, against fragmented GPU memory
     zero.setdefault("memory_efficient_linear", False)  # it would replace torch's linear for the whole process
     if config.parallel.offload_optimizer:
-        zero.setdefault("offload_optimizer", {"device": "cpu"})
+        zero.setdefault("offload_optimizer", {"device": HOST})
     if config.parallel.offload_parameters:
-        zero.setdefault("offload_param", {"device": "cpu"})
+        zero.setdefault("offload_param", {"device": HOST})
     return {
         "steps_per_print": 1_000_000_000,
         "zero_allow_untested_optimizer": True,  # Adafactor is ours, and knows its fragments

@@ -118,7 +118,7 @@ def test_pieces_that_leave_the_folder(saved: Path, name: str) -> None:
 
     def lead_away(raw: dict[str, Any]) -> None:
         for entry in raw["tensors"].values():
-            entry["pieces"] = [[name, start, size] for _, start, size in entry["pieces"]]
+            entry["pieces"] = [[name, *numbers] for _, *numbers in entry["pieces"]]
 
     edit(saved, lead_away)
     with pytest.raises(ValueError, match=r"other.safetensors"), CheckpointValues(saved) as values:
@@ -164,11 +164,11 @@ def test_every_flipped_bit_is_noticed(saved: Path) -> None:
 def test_pieces_must_cover_a_tensor_once(saved: Path, change: str) -> None:
     def move(raw: dict[str, Any]) -> None:
         entry = next(iter(raw["tensors"].values()))
-        file, _, size = entry["pieces"][0]
+        file, _, _, size = entry["pieces"][0]
         entry["pieces"] = {
-            "gap": [[file, 0, 2], [file, 3, size - 3]],
-            "overlap": [[file, 0, 4], [file, 2, size - 2]],
-            "too long": [[file, 0, size + 1]],
+            "gap": [[file, 0, 0, 2], [file, 0, 3, size - 3]],
+            "overlap": [[file, 0, 0, 4], [file, 0, 2, size - 2]],
+            "too long": [[file, 0, 0, size + 1]],
             "missing": [],
         }[change]
 

@@ -60,9 +60,12 @@ def pair(config: ModelConfig, scale: float = 1.0) -> tuple[GPTNeoXForCausalLM, T
         for spec in parameter_specs(config):
             noise = torch.randn(spec.shape, generator=generator) * 0.1 * scale
             ours.get_parameter(spec.name).copy_(spec.initial_value(0) + noise)
-    names = {name.replace("embed_out", "lm_head"): value for name, value in ours.state_dict().items()}
+    weights = dict(ours.state_dict())
+    if config.tie_word_embeddings:
+        weights["embed_out.weight"] = weights["gpt_neox.embed_in.weight"]
+    names = {name.replace("embed_out", "lm_head"): value for name, value in weights.items()}
     if "embed_out.weight" in theirs.state_dict():
-        names = dict(ours.state_dict())
+        names = weights
     left, unexpected = theirs.load_state_dict(names, strict=False)
     assert not unexpected
     assert all("rotary" in name or "attention.bias" in name for name in left), left

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.optimization import Adafactor as Theirs
 
-from megakor.train.adafactor import Adafactor
-from megakor.train.fragments import Fragment
+from megakor.train.adafactor import Adafactor, Sharing
+from megakor.train.fragments import Flat, Fragment
 from tests.ranks import run_ranks
 from tests.train.adafactor_cuts import (
     NUM_STEPS,
@@ -68,9 +68,8 @@ def test_moments_are_those_of_the_whole() -> None:
     parameter = torch.nn.Parameter(torch.zeros(6))
     optimizer = Adafactor([{"params": [parameter], "names": ["m"]}], lr=0.1)
     shape = torch.Size([2, 3])
-    optimizer.attach(
-        [Fragment("m", shape, 0, parameter, 0, 6, False)], [Flat(parameter, ["m"])], 0, Sharing({"m": shape})
-    )
+    fragment = Fragment("m", shape, 0, parameter, 0, 6, False)
+    optimizer.attach([fragment], [Flat(parameter, ["m"])], 0, Sharing({"m": shape}))
     first, second = torch.tensor([[1.0, 2.0, 3.0], [0.0, 4.0, 1.0]]), torch.tensor([[2.0, 0.0, 0.0], [1.0, 1.0, 5.0]])
     for gradient in (first, second):
         parameter.grad = gradient.view(-1)
