@@ -78,4 +78,4 @@ def test_moments_are_those_of_the_whole() -> None:
     squared = decay * first.square() + (1 - decay) * second.square()
     torch.testing.assert_close(optimizer.moments["m"]["exp_avg_sq_row"], squared.mean(1))
     torch.testing.assert_close(optimizer.moments["m"]["exp_avg_sq_col"], squared.mean(0))
-    assert optimizer.param_groups[0]["num_updates"] == 2
+    assert optimizer.steps == 2
