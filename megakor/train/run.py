@@ -23,6 +23,7 @@ from megakor.config.schema import EngineConfig, ModelConfig
 from megakor.files import atomic_write
 from megakor.logs import get_logger
 from megakor.parallel.dims import ParallelDims
+from megakor.parallel.roll_call import RollCall
 from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import check_precision, end_process_group, start_process_group
@@ -64,13 +65,28 @@ def check_same_everywhere(resolved: dict[str, Any]) -> None:
 
 @contextmanager
 def process_group(config: EngineConfig) -> Iterator[ParallelDims]:
-    """The run's process group and layout; a clean end on success, so that no rank aborts at exit."""
+    """The run's process group and layout; a clean end on success, so that no rank aborts at exit.
+
+    Raises:
+        OSError: a rank died, which is named; the others raise as soon as they miss it.
+    """
     check_precision(config.train.precision)
     start_process_group()
-    dims = ParallelDims.from_config(config.parallel, dist.get_world_size())
-    check_same_everywhere(plain(config))
-    yield dims
-    dist.barrier()
+    roll_call = RollCall() if dist.get_world_size() > 1 else None
+    try:
+        dims = ParallelDims.from_config(config.parallel, dist.get_world_size())
+        check_same_everywhere(plain(config))
+        yield dims
+        dist.barrier()
+    except RuntimeError as error:  # what a failed collective raises
+        gone = roll_call.missing() if roll_call is not None else []
+        if not gone:
+            raise
+        ranks = ", ".join(str(rank) for rank in gone)
+        raise OSError(
+            f"run={config.run}: rank {ranks} died or lost its connection, and every rank must be there; the same "
+            f"command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
     end_process_group()
 
 

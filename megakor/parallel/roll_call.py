@@ -1,0 +1,70 @@
+"""Who is still there: when a collective fails, the ranks that live find out which ones do not.
+
+A rank whose peer died sees only that a connection closed. Every rank therefore keeps a thread that answers a roll call
+through the process group's store, also while the rank itself waits in a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+CALLED, GONE = "megakor/roll_call", "megakor/gone"
+FOREVER = timedelta(days=365)
+POLL_SECONDS = 0.05
+LINGER_SECONDS = 0.5  # for the others to read the result before the store goes with this process
+
+
+class RollCall:
+    """This rank's part in roll calls; every rank of a group makes one, when the group has started.
+
+    Rank 0's process, or the launcher's agent, keeps the store at MASTER_ADDR and MASTER_PORT.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.gone: list[int] = []
+        threading.Thread(target=self._answer, args=(self._connect(),), daemon=True, name="roll call").start()
+
+    @staticmethod
+    def _connect() -> dist.TCPStore:
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+
+    def _answer(self, store: dist.TCPStore) -> None:
+        try:
+            store.wait([CALLED], FOREVER)
+            store.set(f"{CALLED}/{self.rank}", "here")
+            store.wait([GONE], FOREVER)
+            self.gone = json.loads(store.get(GONE))
+        except RuntimeError:
+            return  # the store has gone, and with it whoever could call
+
+    def missing(self, seconds: float = 2.0) -> list[int]:
+        """The ranks that do not answer within so many seconds; any rank calls, and the first call's result holds.
+
+        A launcher that has noticed a death ends the others by SIGTERM; this rank first says who died.
+        """
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not self.gone:
+            try:
+                self.gone = self._call(self._connect(), time.monotonic() + seconds)
+            except RuntimeError:
+                return self.gone or [0]  # the store went with the process that kept it
+        return self.gone
+
+    def _call(self, store: dist.TCPStore, deadline: float) -> list[int]:
+        store.set(CALLED, "who is there?")
+        waiting = set(range(self.world_size)) - {self.rank}
+        while waiting and time.monotonic() < deadline and not store.check([GONE]):
+            waiting -= {rank for rank in waiting if store.check([f"{CALLED}/{rank}"])}
+            time.sleep(POLL_SECONDS)
+        gone = json.loads(store.compare_set(GONE, "", json.dumps(sorted(waiting))))
+        time.sleep(LINGER_SECONDS)
+        return gone
