@@ -94,7 +94,7 @@ def nearest(value: int, legal: Iterable[int]) -> str:
 def divides(key: str, value: int, what: str, total: int) -> None:
     """Raise unless the value divides the total; the error names the nearest values that do."""
     options = [n for n in range(1, total + 1) if total % n == 0]
-    require(total % value == 0, key, value, f"divide {what}={total}; {nearest(value, options)}")
+    require(total % value == 0, key, value, f"divide {what}; {nearest(value, options)}")
 
 
 def check_parallel(parallel: ParallelConfig, train: TrainConfig, optimizer: OptimizerName) -> None:
@@ -117,10 +117,11 @@ def check_parallel(parallel: ParallelConfig, train: TrainConfig, optimizer: Opti
     if parallel.sequence_parallel:
         rule = "be false with parallel.tensor_parallel_size=1: tensor ranks are what splits the sequence"
         require(tensor > 1, "parallel.sequence_parallel", True, rule)
-    divides("parallel.context_parallel_size", context, "train.sequence_length", train.sequence_length)
+    length = train.sequence_length
+    divides("parallel.context_parallel_size", context, f"train.sequence_length={length}", length)
     if parallel.sequence_parallel:
-        what = f"train.sequence_length={train.sequence_length} / parallel.context_parallel_size"
-        divides("parallel.tensor_parallel_size", tensor, what, train.sequence_length // context)
+        what = f"train.sequence_length={length} / parallel.context_parallel_size={context} = {length // context}"
+        divides("parallel.tensor_parallel_size", tensor, what, length // context)
     if parallel.offload_parameters:
         rule = f"be false with parallel.zero_stage={stage}: ZeRO-3 alone moves parameters; nearest: zero_stage=3"
         require(stage == 3, "parallel.offload_parameters", True, rule)
@@ -156,8 +157,9 @@ def check_engine(config: EngineConfig) -> None:
     check_parallel(config.parallel, train, optimizer.name)
     data = config.parallel.data_parallel_size
     if data is not None:
-        what = f"train.global_batch_size={train.global_batch_size} / train.micro_batch_size"
-        divides("parallel.data_parallel_size", data, what, train.global_batch_size // train.micro_batch_size)
+        batch, micro = train.global_batch_size, train.micro_batch_size
+        what = f"train.global_batch_size={batch} / train.micro_batch_size={micro} = {batch // micro}"
+        divides("parallel.data_parallel_size", data, what, batch // micro)
     positive("optimizer.lr", optimizer.lr)
     positive("optimizer.eps", optimizer.eps)
     positive("optimizer.weight_decay", optimizer.weight_decay, allow_zero=True)
@@ -197,11 +199,12 @@ def check_fit(config: EngineConfig, model: ModelConfig) -> None:
     require(stages <= layers, "parallel.pipeline_parallel_size", stages, rule)
     tensor, context = config.parallel.tensor_parallel_size, config.parallel.context_parallel_size
     heads = model.num_attention_heads
-    divides("parallel.tensor_parallel_size", tensor, "model.num_attention_heads", heads)
-    divides("parallel.tensor_parallel_size", tensor, "model.intermediate_size", model.intermediate_size)
+    divides("parallel.tensor_parallel_size", tensor, f"model.num_attention_heads={heads}", heads)
     rows = "vocab_size" if model.vocab_size is not None else "make_vocab_size_divisible_by"
-    divides("parallel.tensor_parallel_size", tensor, f"model.{rows}", getattr(model, rows))
-    what = f"model.num_attention_heads={heads} / parallel.tensor_parallel_size"
+    for name in ("intermediate_size", rows):
+        size = getattr(model, name)
+        divides("parallel.tensor_parallel_size", tensor, f"model.{name}={size}", size)
+    what = f"model.num_attention_heads={heads} / parallel.tensor_parallel_size={tensor} = {heads // tensor}"
     divides("parallel.context_parallel_size", context, what, heads // tensor)
     longest = model.max_position_embeddings
     rule = f"be at most model.max_position_embeddings={longest}"

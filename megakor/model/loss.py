@@ -19,10 +19,3 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, num_tokens: int) ->
     """
     real = logits[..., :num_tokens].float()
     return functional.cross_entropy(real.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-
-
-def masked_loss(
-    logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, scale: torch.Tensor, num_tokens: int
-) -> torch.Tensor:
-    """`scale` × the sum of the losses of unmasked tokens: a scalar."""
-    return (token_losses(logits, labels, num_tokens) * loss_mask).sum() * scale

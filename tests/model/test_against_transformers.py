@@ -7,8 +7,8 @@ from transformers import GPTNeoXForCausalLM as Theirs
 
 from megakor.config.schema import ModelConfig
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.loss import masked_loss
 from megakor.model.parameters import parameter_specs
+from megakor.parallel.loss import VocabularyShard, vocabulary_loss
 from tests.model.configs import small
 
 CONFIGS = {
@@ -135,7 +135,8 @@ def test_fifty_steps(name: str) -> None:
         ids = torch.randint(0, 16, (4, 33), generator=generator).cumsum(1) % 64  # something to learn: small differences
         inputs, labels = ids[:, :-1], ids[:, 1:]
         scale = torch.tensor(1.0 / labels.numel())
-        loss = masked_loss(ours(inputs), labels, torch.ones(labels.shape), scale, 64)
+        shard = VocabularyShard(0, 64, None, chunk=2**10)
+        loss = vocabulary_loss(ours(inputs), labels, torch.ones(labels.shape), scale, shard)
         logits = theirs(inputs).logits
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         for value, optimizer_ in ((loss, first), (expected, second)):

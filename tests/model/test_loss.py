@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.loss import masked_loss, token_losses
+from megakor.model.loss import token_losses
 from megakor.model.parameters import initialize_parameters
+from megakor.parallel.loss import VocabularyShard, vocabulary_loss
 from tests.model.configs import small
 
 NUM_TOKENS = 50  # of 64 rows
+SHARD = VocabularyShard(0, NUM_TOKENS, None, 2**10)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -23,7 +25,7 @@ def test_padded_rows_take_no_probability_and_get_no_gradient(tied: bool) -> None
     inputs, labels = ids[:, :-1], ids[:, 1:]
 
     def loss() -> torch.Tensor:
-        return masked_loss(model(inputs), labels, torch.ones(labels.shape), torch.tensor(1 / 128), NUM_TOKENS)
+        return vocabulary_loss(model(inputs), labels, torch.ones(labels.shape), torch.tensor(1 / 128), SHARD)
 
     before = loss()
     before.backward()
@@ -52,7 +54,7 @@ def test_the_loss_is_a_scaled_sum_over_unmasked_tokens() -> None:
     expected = 0.0
     for row, column in [(0, 0), (0, 2), (0, 3)]:
         expected -= torch.log_softmax(logits[row, column, :50].double(), 0)[labels[row, column]].item()
-    found = masked_loss(logits, labels, mask, torch.tensor(0.25), NUM_TOKENS)
+    found = vocabulary_loss(logits, labels, mask, torch.tensor(0.25), SHARD)
     assert found.item() == pytest.approx(0.25 * expected, rel=1e-6)
     assert token_losses(logits, labels, NUM_TOKENS).shape == (2, 5)
 
@@ -60,7 +62,7 @@ def test_the_loss_is_a_scaled_sum_over_unmasked_tokens() -> None:
 def test_masked_tokens_get_no_gradient() -> None:
     logits = torch.randn(1, 4, 64, requires_grad=True)
     mask = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
-    masked_loss(logits, torch.zeros(1, 4, dtype=torch.long), mask, torch.tensor(1.0), NUM_TOKENS).backward()
+    vocabulary_loss(logits, torch.zeros(1, 4, dtype=torch.long), mask, torch.tensor(1.0), SHARD).backward()
     assert logits.grad is not None
     assert not logits.grad[0, [1, 3]].any()
     assert logits.grad[0, [0, 2], :NUM_TOKENS].all()
