@@ -92,3 +92,7 @@ class ParallelDims:
             rest = tuple(self.coordinate(rank, axis) for axis in AXES if axis not in axes)
             found.setdefault(rest, []).append(rank)
         return list(found.values())
+
+    def peers(self, rank: int, *axes: str) -> list[int]:
+        """The group of `groups(*axes)` that a rank is in."""
+        return next(group for group in self.groups(*axes) if rank in group)

@@ -18,6 +18,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import nn
 
 from megakor.config.schema import EngineConfig, ModelConfig, Precision
@@ -173,7 +174,7 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=self.built.module, optimizer=self.optimizer, config=settings, mpu=mpu
         )
-        if dims.replicas == 1 and config.parallel.zero_stage == 1 and config.train.precision is Precision.bf16:
+        if dims.replicas == 1 and isinstance(self.engine.optimizer, BF16_Optimizer):
             # One replica: DeepSpeed's bf16 optimizer would flatten, "reduce" and copy back every fp32 gradient.
             self.engine.enable_backward_allreduce = False
             self.engine.pipeline_enable_backward_allreduce = False
