@@ -23,6 +23,7 @@ from megakor.config.schema import (
     Precision,
     PretrainConfig,
     ShardConfig,
+    SimulateConfig,
     TrainConfig,
     TrainTokenizerConfig,
 )
@@ -216,6 +217,12 @@ def check_pretrain(config: PretrainConfig) -> None:
     check_fit(config, config.model)
 
 
+def check_simulate(config: SimulateConfig) -> None:
+    check_pretrain(config)
+    positive("world_size", config.world_size)
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
 def check_pairs(pairs: PairsConfig) -> None:
     share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
     positive("pairs.max_pairs", pairs.max_pairs)
@@ -274,6 +281,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     TrainTokenizerConfig: check_train_tokenizer,
     ShardConfig: check_shard,
     PretrainConfig: check_pretrain,
+    SimulateConfig: check_simulate,
     InstructConfig: check_instruct,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,

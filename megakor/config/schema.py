@@ -85,8 +85,7 @@ class ModelConfig:
     intermediate_size: int = key(help="width of the feed-forward layer")
     vocab_size: int | None = key(
         None,
-        help="embedding rows, padding included; null: the tokenizer's vocabulary rounded up to "
-        "make_vocab_size_divisible_by",
+        help="embedding rows, padding included; null: the tokenizer's, rounded up to make_vocab_size_divisible_by",
         unit="rows",
     )
     make_vocab_size_divisible_by: int = key(128, help="rounding of a null vocab_size", unit="rows")
@@ -216,6 +215,14 @@ class PretrainConfig(EngineConfig):
 
     model: ModelConfig = section(ModelConfig, help="architecture")
     data: DataConfig = section(DataConfig, help="shards and tokenizer")
+
+
+@dataclass
+class SimulateConfig(PretrainConfig):
+    """Run the layout of a pretraining run on fake tensors: parameters, communication and memory of every stage."""
+
+    world_size: int | None = key(None, help="processes; null: as few as the layout's sizes need", unit="ranks")
+    format: str = key("table", help="what to print: table or json")
 
 
 @dataclass

@@ -22,7 +22,8 @@ class Verb:
     @property
     def groups(self) -> tuple[str, ...]:
         """Config groups that the verb composes."""
-        return {"pretrain": ("experiment", "model"), "instruct": ("experiment",)}.get(self.name, ())
+        run = ("experiment", "model")
+        return {"pretrain": run, "simulate": run, "instruct": ("experiment",)}.get(self.name, ())
 
     def owns_experiment(self, experiment: str) -> bool:
         """Whether a named run belongs to this verb: those of `instruct` begin with its name."""
@@ -36,6 +37,7 @@ VERBS = {
         Verb("train-tokenizer", schema.TrainTokenizerConfig, "train a SentencePiece tokenizer"),
         Verb("shard", schema.ShardConfig, "tokenise text into Megatron .bin/.idx shards"),
         Verb("pretrain", schema.PretrainConfig, "train a model from scratch with DeepSpeed"),
+        Verb("simulate", schema.SimulateConfig, "parameters, communication and memory of a layout, on fake tensors"),
         Verb("instruct", schema.InstructConfig, "go on from a checkpoint with instruction pairs"),
         Verb("export", schema.ExportConfig, "write a checkpoint as a Hugging Face folder and check it"),
         Verb("evaluate", schema.EvaluateConfig, "bits per byte on held-out text, beside simple models"),

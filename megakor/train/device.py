@@ -13,12 +13,15 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import get_accelerator, set_accelerator
 
 from megakor.config.schema import Precision
 
 HOST = "cpu"
 """DeepSpeed's name of where offloaded state is kept."""
+
+HOST_LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 2**18, 2**27
+"""Logits that the loss works through at a time: what a CPU's cache holds, and enough to fill an accelerator."""
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -33,8 +36,8 @@ def is_cpu() -> bool:
 
 
 def loss_chunk() -> int:
-    """Logits that the loss works through at a time: what a CPU's cache holds, or enough to fill an accelerator."""
-    return 2**18 if is_cpu() else 2**27
+    """Logits that the loss works through at a time on this rank's device."""
+    return HOST_LOSS_CHUNK if is_cpu() else ACCELERATOR_LOSS_CHUNK
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,6 +78,24 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def start_fake_process_group(rank: int, world_size: int) -> None:
+    """Stand as one rank of a group whose other ranks do not exist: its collectives return at once and move nothing.
+
+    For fake tensors. They are the host's on every machine, so that what is found out with them is the same on all:
+    this process computes on the host from now on.
+    """
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not is_cpu():
+        set_accelerator(CPU_Accelerator())
+    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
 
 
 def end_process_group() -> None:

@@ -26,6 +26,7 @@ NEEDED = {
     "train-tokenizer": ["inputs=a", "out=o"],
     "shard": ["inputs=a", "tokenizer=t", "out=o"],
     "pretrain": PRETRAIN,
+    "simulate": PRETRAIN,
     "instruct": INSTRUCT,
     "export": ["run=r", "out=o"],
     "evaluate": ["run=r", "heldout=h"],
