@@ -17,7 +17,11 @@ from typing import Any
 
 import pytest
 
-PRELOADED = ["torch", "deepspeed", "megakor.pretrain"]
+PRELOADED = [
+    "torch", "deepspeed", "megakor.pretrain",
+    # What DeepSpeed's engine would import in every rank, when it is first made.
+    "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",
+]  # fmt: skip
 
 
 def free_port() -> int:

@@ -168,6 +168,8 @@ def tensor_entry(entry: dict[str, Any]) -> TensorEntry:
     pieces = [(typed(file, str), *(typed(number, int) for number in numbers)) for file, *numbers in entry["pieces"]]
     shape = [typed(size, int) for size in typed(entry["shape"], list)]
     shard_dim, num_shards = typed(entry["shard_dim"], int), typed(entry["num_shards"], int)
+    if any(number < 0 for numbers in (shape, *(piece[1:] for piece in pieces)) for number in numbers):
+        raise WrongShape("sizes, shards and offsets must not be negative")
     if not 0 <= shard_dim < len(shape) or num_shards < 1 or shape[shard_dim] % num_shards:
         raise WrongShape(f"{shape} must be cut along one of its dimensions into equal shards")
     return TensorEntry(shape, shard_dim, num_shards, pieces)

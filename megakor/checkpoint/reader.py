@@ -77,6 +77,9 @@ class CheckpointValues:
         saved = entry.shard(0)
         if saved.count == shard.count and (shard.count == 1 or saved.dim == shard.dim):
             return self.run(key, entry, shard.index, start, stop)
+        if saved.count > 1 and shard.count > 1 and saved.dim != shard.dim:
+            whole = self.read(state, name, 0, math.prod(entry.shape))
+            return shard.of(whole.view(entry.shape)).flatten()[start:stop]
         # Rows of the tensor as they lie in memory: sharding along the first dimension cuts the one row of all elements.
         dim = saved.dim if saved.count > 1 else shard.dim
         leading = math.prod(entry.shape[:dim])

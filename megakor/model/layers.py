@@ -22,21 +22,36 @@ Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose values come from `initialize_parameters`."""
+    """`nn.Linear` whose values come from `initialize_parameters`.
+
+    Attributes:
+        product: computes it; a layout that takes weights apart between passes sets its own.
+    """
+
+    product = staticmethod(functional.linear)
 
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.product(hidden_states, self.weight, self.bias)
+
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` whose values come from `initialize_parameters`, and which can project back onto its rows."""
+    """`nn.Embedding` whose values come from `initialize_parameters`, and which can project back onto its rows.
+
+    Attributes:
+        product: computes the projection, as in `Linear`.
+    """
+
+    product = staticmethod(functional.linear)
 
     def reset_parameters(self) -> None:
         pass
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [batch, seq, rows] from the embedding's own rows, for tied embeddings."""
-        return functional.linear(hidden_states, self.weight)
+        return self.product(hidden_states, self.weight)
 
 
 class Norm(nn.LayerNorm):

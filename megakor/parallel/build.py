@@ -80,7 +80,7 @@ def parts_of(config: EngineConfig, groups: Groups, dtype: torch.dtype, device: t
         devices=() if device.index is None else (device,),
     )
     return Parts(
-        ShardedLayers(groups, dtype, device),
+        ShardedLayers(groups, dtype, device, gathered=config.parallel.zero_stage == 3),
         config.train.activation_checkpointing,
         config.train.activation_checkpointing_interval,
         counter,

@@ -17,16 +17,19 @@ identity around the parameter. Dimension 1 of hidden states is the sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
 from torch import nn
 from torch.nn import functional
 
 from megakor.model.layers import Attend, Embedding, Linear, Norm
 from megakor.parallel.context import exchange
 from megakor.parallel.groups import Groups
+
+AnyLayer = TypeVar("AnyLayer", Linear, Embedding)
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -113,6 +116,17 @@ class _SumGradients(torch.autograd.Function):
         return None, *(s.view_as(g).to(g.dtype) for s, g in zip(sums, gradients, strict=True))
 
 
+def gathered_linear(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`functional.linear` for weights that are whole in the passes alone (ZeRO-3).
+
+    PyTorch's keeps a view of the weight for the backward pass. ZeRO-3 takes weights apart after the forward pass and
+    gathers them again, so such views would hold the first gathered weights all the while: the whole model.
+    """
+    return LinearFunctionForZeroStage3.apply(hidden_states, weight, bias)
+
+
 @dataclass(frozen=True)
 class TensorRegion:
     """The way into and out of the part of a layer that tensor ranks split."""
@@ -146,7 +160,7 @@ class RowLinear(Linear):
     """A shard of the input features: [batch, seq, in / size] -> partial sums [batch, seq, out], without the bias."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(hidden_states, self.weight)
+        return self.product(hidden_states, self.weight)
 
 
 class VocabularyEmbedding(Embedding):
@@ -178,11 +192,16 @@ class ResidualNorm(Norm):
 
 @dataclass(frozen=True)
 class ShardedLayers:
-    """The factory of a rank's shards; serves every layout, `WholeLayers` those without tensor and context ranks."""
+    """The factory of a rank's shards; serves every layout, `WholeLayers` those without tensor and context ranks.
+
+    Attributes:
+        gathered: whether weights are whole in the passes alone (ZeRO-3).
+    """
 
     groups: Groups
     dtype: torch.dtype
     device: torch.device | None = None
+    gathered: bool = False
 
     @property
     def region(self) -> TensorRegion:
@@ -194,10 +213,10 @@ class ShardedLayers:
 
     def embedding(self, num_rows: int, size: int) -> Embedding:
         if self.size == 1:
-            return Embedding(num_rows, size, dtype=self.dtype, device=self.device)
+            return self.made(Embedding(num_rows, size, dtype=self.dtype, device=self.device))
         layer = VocabularyEmbedding(num_rows // self.size, size, dtype=self.dtype, device=self.device)
         layer.region, layer.first = self.region, self.groups.position("tensor") * (num_rows // self.size)
-        return layer
+        return self.made(layer)
 
     def norm(self, size: int, eps: float) -> nn.LayerNorm:
         layer = ResidualNorm(size, eps=eps, dtype=self.dtype, device=self.device)
@@ -207,14 +226,20 @@ class ShardedLayers:
     def column(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
         options: dict[str, Any] = {"bias": bias, "dtype": self.dtype, "device": self.device}
         if self.size == 1:
-            return Linear(in_features, out_features, **options)
+            return self.made(Linear(in_features, out_features, **options))
         layer = ColumnLinear(in_features, out_features // self.size, **options)
         layer.region = self.region
-        return layer
+        return self.made(layer)
 
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
         kind = Linear if self.size == 1 else RowLinear
-        return kind(in_features // self.size, out_features, bias=bias, dtype=self.dtype, device=self.device)
+        return self.made(kind(in_features // self.size, out_features, bias=bias, dtype=self.dtype, device=self.device))
+
+    def made(self, layer: AnyLayer) -> AnyLayer:
+        """The layer, its product as the weights need it."""
+        if self.gathered:
+            layer.product = gathered_linear  # type: ignore[assignment]
+        return layer
 
     def join(self, partial: torch.Tensor, *rows: nn.Linear) -> torch.Tensor:
         if self.size == 1:

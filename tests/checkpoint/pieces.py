@@ -58,6 +58,20 @@ def cut(rank: int, world_size: int, seed: int) -> list[Piece]:
     return pieces
 
 
+def sharded_pieces(index: int, count: int, seed: int) -> list[Piece]:
+    """What tensor rank `index` of `count` holds, cut at random; it writes its own shards, the first rank the rest."""
+    rng, pieces = random.Random(seed), []
+    specs = {spec.name: spec for spec in parameter_specs(MODEL)}
+    for (kind, name), whole in state().items():
+        shard = specs[name].shard(index, count)
+        part = shard.of(whole).flatten()
+        borders = sorted({0, part.numel(), *(rng.randint(0, part.numel()) for _ in range(rng.randint(0, 3)))})
+        for start, stop in itertools.pairwise(borders):
+            writes = shard.count > 1 or index == 0
+            pieces.append(Piece(kind, name, tuple(whole.shape), shard, start, part[start:stop], writes))
+    return pieces
+
+
 def whole_pieces(seed: int = 0) -> list[Piece]:
     return [
         Piece(kind, name, tuple(whole.shape), WHOLE, 0, whole.reshape(-1), True)

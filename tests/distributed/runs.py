@@ -130,37 +130,28 @@ class Kept(logging.Handler):
 
 
 def ended_by(job: Job, real_step: Callable) -> Callable:
-    counts = {"step": -1}
-
-    def step(engine: Engine, batches: list, lr: float) -> Any:
-        if counts["step"] < 0:
-            counts["step"] = job.stop_from  # type: ignore[attr-defined]
-        if counts["step"] == job.stop:
+    def train_step(engine: Engine, batches: list, lr: float, step: int) -> Any:
+        if step == job.stop:
             raise Stop
-        if counts["step"] == job.kill and dist.get_rank() == job.rank:
+        if step == job.kill and dist.get_rank() == job.rank:
             os.kill(os.getpid(), signal.SIGKILL)
-        counts["step"] += 1
-        return real_step(engine, batches, lr)
+        return real_step(engine, batches, lr, step)
 
-    return step
+    return train_step
 
 
 def run_job(job: Job) -> tuple[str | None, list[str]]:
     """Run `megakor pretrain` in the group that is there. Returns the error, if any, and the log's lines."""
-    real_step, real_commit, real_train = Engine.train_step, saving.commit, pretrain.train
+    real_step, real_commit = Engine.train_step, saving.commit
     kept = Kept()
     logging.getLogger("megakor").addHandler(kept)
-
-    def train(training: Any) -> None:
-        job.stop_from = training.first_step  # type: ignore[attr-defined]
-        real_train(training)
 
     def commit(aside: Path, folder: Path, *rest: Any) -> None:
         if job.kill_saving is not None and folder.name.endswith(f"{job.kill_saving:08d}"):
             os.kill(os.getpid(), signal.SIGKILL)
         real_commit(aside, folder, *rest)
 
-    pretrain.process_group, pretrain.train = _layout, train  # type: ignore[assignment]
+    pretrain.process_group = _layout
     Engine.train_step, saving.commit = ended_by(job, real_step), commit  # type: ignore[assignment, method-assign]
     try:
         pretrain.run(copy.deepcopy(job.config))
@@ -172,7 +163,7 @@ def run_job(job: Job) -> tuple[str | None, list[str]]:
     except Exception:  # a defect; it fails the tests of this run and no others
         return traceback.format_exc(), kept.lines
     finally:
-        pretrain.train, Engine.train_step, saving.commit = real_train, real_step, real_commit  # type: ignore[method-assign]
+        Engine.train_step, saving.commit = real_step, real_commit  # type: ignore[method-assign]
         logging.getLogger("megakor").removeHandler(kept)
 
 

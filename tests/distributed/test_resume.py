@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from megakor.checkpoint.reader import newest_whole
+from megakor.checkpoint.format import CheckpointManifest
+from megakor.checkpoint.reader import load_model, newest_whole, read_weights
+from megakor.config.schema import ActivationCheckpointing, ExportConfig, Precision
+from megakor.interop.huggingface import export
 from megakor.train.metrics import read_metrics
 from tests.checkpoint.pieces import snapshot
 from tests.distributed.runs import (
@@ -30,6 +35,12 @@ from tests.distributed.runs import (
 from tests.ranks import run_ranks
 
 SAVING: dict[str, Any] = {"checkpoint__interval": 5}
+TP2 = {"parallel__tensor_parallel_size": 2}
+SP = {"parallel__sequence_parallel": True}
+CP2 = {"parallel__context_parallel_size": 2}
+OFFLOAD = {"parallel__offload_optimizer": True}
+CHECKPOINTING = {"train__activation_checkpointing": ActivationCheckpointing.full}
+DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 KILLED = {
     "dp2 zero1 fp32": {},
     "dp2 zero1 bf16": BF16,
@@ -38,6 +49,13 @@ KILLED = {
     "dp2 zero2 bf16": zero(2) | BF16,
     "dp2 zero0 fp32": zero(0),
     "dp2 adafactor fp32": ADAFACTOR,
+    "tp2 sp bf16": TP2 | SP | BF16,
+    "dp2 zero3 bf16": zero(3) | BF16,
+    "cp2 bf16": CP2 | BF16,
+    "dp2 zero2 offload bf16": zero(2) | OFFLOAD | BF16,
+    "dp2 dropout": DROPOUT,
+    "pp2 dropout": PP2 | DROPOUT,
+    "tp2 sp dropout, checkpointing": TP2 | SP | DROPOUT | CHECKPOINTING,
 }
 
 
@@ -75,6 +93,7 @@ def killed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Killed:
 
 @pytest.mark.parametrize("name", [*KILLED, "while saving"])
 def test_bitwise(killed: Killed, name: str) -> None:
+    """Dropout too: its masks depend on the step alone, and no random state is saved."""
     assert killed.errors[name] is None, killed.errors[name]
     whole = killed.folder / "whole" / ("dp2 zero1 fp32" if name == "while saving" else name)
     again = killed.folder / "killed" / name
@@ -90,36 +109,73 @@ def test_bitwise(killed: Killed, name: str) -> None:
     assert not list(again.glob("checkpoints/*.writing"))
 
 
+def test_dropout_is_in_the_killed_runs(killed: Killed) -> None:
+    without, dropped = (curve(killed.folder / "whole" / name) for name in ("dp2 zero1 fp32", "dp2 dropout"))
+    assert all(abs(row[1] - other[1]) > 1e-5 for row, other in zip(without, dropped, strict=True))
+
+
 CHAINS = {"plain": {}, "tied": TIED, "adafactor": ADAFACTOR}
+LINKS: list[tuple[int, dict[str, Any]]] = [
+    (2, TP2),
+    (2, PP2),
+    (2, zero(3)),
+    (4, TP2 | SP | zero(3)),
+    (2, CP2),
+    (2, zero(2)),
+    (4, PP2 | TP2 | SP | CHECKPOINTING),
+    (1, {"train__micro_batch_size": 4}),
+]
+"""Ranks and layout of each link; two steps each."""
+STEPS = 2 * len(LINKS)
 
 
 @pytest.fixture(scope="module")
 def chained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps each: two replicas, two stages, ZeRO-2, then one rank."""
+    """Each link goes on from the one before, in processes of its own; beside it the same run on one rank."""
     folder = tmp_path_factory.mktemp("chained")
-    jobs, last = [], []
-    for name, changes in CHAINS.items():
-        every = SAVING | {"checkpoint__interval": 3} | changes
-        layouts = [{}, PP2, zero(2)]
-        for number, layout in enumerate(layouts, 1):
-            jobs.append(Job(configuration(made, folder / name, **every | layout), stop=3 * number))
-        last.append(Job(configuration(made, folder / name, **every | {"train__micro_batch_size": 4})))
-        last.append(Job(configuration(made, folder / f"{name}, one rank", **changes)))
-    for number in range(3):
-        run_all(2, jobs[number::3])  # one link of each chain, in processes of its own
-    run_all(1, last)
+    every = {"checkpoint__interval": 2, "train__num_steps": STEPS, "evaluation__interval": STEPS}
+    alone = [Job(configuration(made, folder / f"{name}, one rank", **every | chain)) for name, chain in CHAINS.items()]
+    for number, (world_size, link) in enumerate(LINKS, 1):
+        jobs = [
+            Job(configuration(made, folder / name, **every | chain | link), stop=2 * number)
+            for name, chain in CHAINS.items()
+        ]
+        for error, _ in run_all(world_size, jobs + (alone if world_size == 1 else [])):
+            assert error is None, (number, link, error)
     return folder
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_resume_in_another_layout(chained: Path, name: str) -> None:
     attempts = [r["step"] for r in read_metrics(chained / name) if r["kind"] == "start"]
-    assert attempts == [0, 3, 6, 9]
+    assert attempts == list(range(0, STEPS, 2))
     found, expected = curve(chained / name), curve(chained / f"{name}, one rank")
-    assert [row[0] for row in found] == [row[0] for row in expected] == list(range(1, 13))
+    assert [row[0] for row in found] == [row[0] for row in expected] == list(range(1, STEPS + 1))
     for row, other in zip(found, expected, strict=True):
         assert row[1] == pytest.approx(other[1], rel=1e-5)
         assert row[2] == pytest.approx(other[2], rel=3e-4 if name == "adafactor" else 1e-5)  # see test_layouts.py
+    assert validation(chained / name)[-1][1:] == pytest.approx(validation(chained / f"{name}, one rank")[-1][1:], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_tensor_ranks_save_the_model_of_one_rank(chained: Path, name: str) -> None:
+    sharded, whole = (chained / run / "checkpoints/step-00000002" for run in (name, f"{name}, one rank"))
+    kept = CheckpointManifest.load(sharded).tensors
+    assert kept["weight/gpt_neox.embed_in.weight"].num_shards == 2
+    model, _ = load_model(sharded)
+    other, _ = load_model(whole)
+    for key, parameter in model.named_parameters():
+        if not key.endswith("query_key_value.bias"):  # see test_layouts.py
+            torch.testing.assert_close(parameter, other.get_parameter(key), rtol=1e-4, atol=1e-6)
+
+
+def test_tensor_ranks_checkpoints_are_exported(chained: Path, tmp_path: Path) -> None:
+    """The folder loads in transformers with the weights of the checkpoint that tensor ranks saved."""
+    sharded = chained / "plain" / "checkpoints/step-00000002"
+    export(ExportConfig(run=str(sharded), out=str(tmp_path / "out"), precision=Precision.fp32, trim_vocabulary=False))
+    model, weights = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), read_weights(sharded)
+    assert torch.equal(model.get_output_embeddings().weight, weights.pop("embed_out.weight"))
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megakor.config.schema import ParallelConfig
-from megakor.parallel.dims import ParallelDims
+from megakor.parallel.dims import AXES, ParallelDims
 
 
 def test_the_data_axis_takes_what_is_left() -> None:
@@ -53,3 +55,33 @@ def test_ranks_are_numbered_pipeline_major(pipeline: int, data: int, context: in
     dims = ParallelDims(pipeline, data, context, tensor)
     expected = [(p, d) for p in range(pipeline) for d in range(data) for _ in range(context * tensor)]
     assert [(dims.pipeline_rank(rank), dims.data_rank(rank)) for rank in range(dims.world_size)] == expected
+
+
+SIZES = st.integers(1, 4)
+
+
+@given(SIZES, SIZES, SIZES)
+def test_groups_are_those_of_deepspeeds_topology(pipeline: int, data: int, tensor: int) -> None:
+    dims = ParallelDims(pipeline=pipeline, data=data, context=1, tensor=tensor)
+    topology = PipeModelDataParallelTopology(num_pp=pipeline, num_dp=data, num_mp=tensor)
+    assert dims.groups("tensor") == topology.get_axis_comm_lists("model")
+    assert sorted(dims.groups("data")) == sorted(topology.get_axis_comm_lists("data"))
+    assert dims.groups("data", "context") == dims.groups("data")
+    assert sorted(dims.groups("pipeline")) == sorted(topology.get_axis_comm_lists("pipe"))
+    for rank in range(dims.world_size):
+        assert dims.coordinate(rank, "tensor") == topology.get_coord(rank).model
+
+
+@given(SIZES, SIZES, SIZES, SIZES, st.sets(st.sampled_from(AXES), min_size=1))
+def test_every_rank_is_in_one_group(pipeline: int, data: int, context: int, tensor: int, axes: set[str]) -> None:
+    dims = ParallelDims(pipeline, data, context, tensor)
+    groups = dims.groups(*axes)
+    assert sorted(rank for group in groups for rank in group) == list(range(dims.world_size))
+    assert {len(group) for group in groups} == {math.prod(getattr(dims, axis) for axis in axes)}
+    for group in groups:
+        assert group == sorted(group)
+        assert all(dims.peers(rank, *axes) == group for rank in group)
+        for axis in AXES:
+            positions = {dims.coordinate(rank, axis) for rank in group}
+            assert positions == set(range(getattr(dims, axis))) if axis in axes else len(positions) == 1
+    assert dims.replicas == len(dims.groups("data", "context")[0])

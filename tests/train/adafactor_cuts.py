@@ -1,17 +1,23 @@
-"""Parameters cut into pieces over ranks, and twenty steps of our Adafactor over them."""
+"""Parameters cut into shards and pieces over ranks, and twenty steps of our Adafactor over them."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megakor.model.parameters import WHOLE, Shard
+from megakor.parallel.dims import ParallelDims
+from megakor.parallel.groups import Groups
 from megakor.train.adafactor import Adafactor, Sharing
 from megakor.train.fragments import Flat, Fragment
 
-SHAPES = {"a": (7, 5), "b": (11,), "c": (4, 9), "d": (1, 6), "e": (6, 1), "f": (3,), "g": (16, 16), "h": (1,)}
+SHAPES = {"a": (7, 5), "b": (11,), "c": (4, 9), "d": (1, 6), "e": (6, 1), "f": (3,), "g": (16, 16), "h": (1,),
+          "i": (8,)}  # fmt: skip
 SHAPES = {name: torch.Size(shape) for name, shape in SHAPES.items()}
 NUM_STEPS = 20
 WEIGHT_DECAY = 0.1
@@ -37,12 +43,16 @@ def rate(step: int) -> float:
 
 @dataclass(frozen=True)
 class Cut:
-    """A piece of a parameter on a rank."""
+    """A piece of a parameter, or of a shard of it, on a rank."""
 
     rank: int
     name: str
     offset: int
     numel: int
+    shard: Shard = WHOLE
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        return self.shard.of(whole).flatten()[self.offset : self.offset + self.numel]
 
 
 def random_cuts(world_size: int, seed: int) -> list[Cut]:
@@ -53,6 +63,27 @@ def random_cuts(world_size: int, seed: int) -> list[Cut]:
         borders = sorted({0, size, *(rng.randint(0, size) for _ in range(rng.randrange(world_size)))})
         ranks = rng.sample(range(world_size), len(borders) - 1)
         cuts += [Cut(rank, name, a, b - a) for rank, a, b in zip(ranks, borders, borders[1:], strict=False)]
+    rng.shuffle(cuts)
+    return cuts
+
+
+def sharded_cuts(tensor: int, replicas: int, seed: int) -> list[Cut]:
+    """Shards over tensor ranks where a parameter can be split, wholes elsewhere; each cut at random over its replicas.
+
+    Ranks are numbered as in a layout: tensor ranks are neighbours.
+    """
+    rng, cuts = random.Random(seed), []
+    dims = {name: [dim for dim, size in enumerate(shape) if size % tensor == 0] for name, shape in SHAPES.items()}
+    chosen = {name: rng.choice(found) if found else None for name, found in dims.items()}
+    for index in range(tensor):
+        for name, shape in SHAPES.items():
+            dim = chosen[name]
+            shard = WHOLE if dim is None else Shard(dim, index, tensor)
+            size = math.prod(shard.shape(shape))
+            borders = sorted({0, size, *(rng.randint(0, size) for _ in range(rng.randrange(replicas)))})
+            ranks = rng.sample(range(replicas), len(borders) - 1)
+            for replica, (start, stop) in zip(ranks, itertools.pairwise(borders), strict=True):
+                cuts.append(Cut(replica * tensor + index, name, start, stop - start, shard))
     rng.shuffle(cuts)
     return cuts
 
@@ -72,24 +103,28 @@ def zero_cuts(world_size: int) -> list[Cut]:
     return cuts
 
 
-def train(cuts: list[Cut], rank: int, group: dist.ProcessGroup | None) -> list[tuple[Cut, torch.Tensor]]:
+def train(
+    cuts: list[Cut], rank: int, replicas: dist.ProcessGroup | None, tensor: dist.ProcessGroup | None = None
+) -> list[tuple[Cut, torch.Tensor]]:
     """Twenty steps over this rank's pieces; returns the pieces' weights."""
     own = [cut for cut in cuts if cut.rank == rank]
     values, fragments, groups = starts(), [], []
     for decays in (True, False):
         members = [cut for cut in own if (len(SHAPES[cut.name]) > 1) is decays]
-        flat = torch.cat([torch.zeros(0), *(values[c.name].view(-1)[c.offset : c.offset + c.numel] for c in members)])
+        flat = torch.cat([torch.zeros(0), *(cut.of(values[cut.name]) for cut in members)])
         parameter = torch.nn.Parameter(flat)
         start = 0
         for cut in members:
-            fragments.append(Fragment(cut.name, SHAPES[cut.name], cut.offset, parameter, start, cut.numel, True))
+            shape = torch.Size(cut.shard.shape(SHAPES[cut.name]))
+            fragments.append(Fragment(cut.name, shape, cut.offset, parameter, start, cut.numel, True))
             start += cut.numel
         # As with DeepSpeed, every rank has every group; a rank that owns nothing of one has an empty flat tensor.
         names = [name for name, shape in SHAPES.items() if (len(shape) > 1) is decays]
         groups.append({"params": [parameter], "names": names, "weight_decay": WEIGHT_DECAY if decays else 0.0})
     optimizer = Adafactor(groups, lr=0.0)
     tensors = [Flat(param_group["params"][0], param_group["names"]) for param_group in groups]
-    optimizer.attach(fragments, tensors, 0, Sharing(SHAPES, replicas=group))
+    shards = {cut.name: cut.shard for cut in own}
+    optimizer.attach(fragments, tensors, 0, Sharing(SHAPES, shards, replicas, tensor))
     for step in range(NUM_STEPS):
         whole = gradients(step)
         for param_group in optimizer.param_groups:
@@ -97,21 +132,31 @@ def train(cuts: list[Cut], rank: int, group: dist.ProcessGroup | None) -> list[t
             for parameter in param_group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         for fragment in fragments:
-            piece = whole[fragment.name].view(-1)[fragment.offset : fragment.offset + fragment.numel]
+            part = shards[fragment.name].of(whole[fragment.name]).flatten()
+            piece = part[fragment.offset : fragment.offset + fragment.numel]
             fragment.of(fragment.flat.grad).copy_(piece)  # type: ignore[arg-type]
         optimizer.step()
-    return [(Cut(rank, f.name, f.offset, f.numel), f.of(f.flat.data).clone()) for f in fragments]
+    return [(Cut(rank, f.name, f.offset, f.numel, shards[f.name]), f.of(f.flat.data).clone()) for f in fragments]
 
 
 def train_all(variants: list[list[Cut]]) -> list[list[tuple[Cut, torch.Tensor]]]:
     return [train(cuts, dist.get_rank(), dist.group.WORLD) for cuts in variants]
 
 
+def train_sharded(tensor: int, variants: list[list[Cut]]) -> list[list[tuple[Cut, torch.Tensor]]]:
+    """The same with tensor ranks; the other ranks are replicas."""
+    groups = Groups.create(ParallelDims(1, dist.get_world_size() // tensor, 1, tensor))
+    return [train(cuts, dist.get_rank(), groups.replicas, groups.tensor) for cuts in variants]
+
+
 def together(parts: list[list[tuple[Cut, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    result = {name: torch.full((shape.numel(),), float("nan")) for name, shape in SHAPES.items()}
+    result = {name: torch.full(shape, float("nan")) for name, shape in SHAPES.items()}
     for cut, values in (entry for part in parts for entry in part):
-        result[cut.name][cut.offset : cut.offset + cut.numel] = values
-    return {name: value.view(SHAPES[name]) for name, value in result.items()}
+        part = cut.shard.of(result[cut.name])
+        flat = part.flatten().clone()
+        flat[cut.offset : cut.offset + cut.numel] = values
+        part.copy_(flat.view(part.shape))
+    return result
 
 
 def whole_cuts() -> list[Cut]:

@@ -17,10 +17,12 @@ from tests.train.adafactor_cuts import (
     gradients,
     random_cuts,
     rate,
+    sharded_cuts,
     starts,
     together,
     train,
     train_all,
+    train_sharded,
     whole_cuts,
     zero_cuts,
 )
@@ -61,6 +63,19 @@ def test_any_cut_takes_the_same_steps(world_size: int) -> None:
     expected = together([train(whole_cuts(), 0, None)])
     for index in range(len(variants)):
         assert_same(together([rank[index] for rank in ranks]), expected)
+
+
+@pytest.mark.parametrize(("tensor", "replicas"), [(2, 2), (4, 1)])
+def test_any_shards_take_the_same_steps(tensor: int, replicas: int) -> None:
+    variants = [sharded_cuts(tensor, replicas, seed) for seed in range(4)]
+    assert {cut.shard.dim for cuts in variants for cut in cuts if cut.shard.count > 1} == {0, 1}
+    ranks = run_ranks(train_sharded, tensor * replicas, tensor, variants)
+    expected = together([train(whole_cuts(), 0, None)])
+    for index in range(len(variants)):
+        for first in range(tensor):  # each tensor rank's own copy of what all of them hold
+            others = [rank for rank in range(tensor * replicas) if rank % tensor != first]
+            order = [*others, *range(first, tensor * replicas, tensor)]
+            assert_same(together([ranks[rank][index] for rank in order]), expected)
 
 
 def test_moments_are_those_of_the_whole() -> None:
