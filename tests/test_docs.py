@@ -75,11 +75,12 @@ def test_the_experiments_are_as_told() -> None:
         config = quickly_composed("pretrain", f"experiment={name}")
         train = config.train
         assert train.num_steps == -(-float(tokens) // (train.global_batch_size * train.sequence_length))
-        steps, sequences, rate, stages = rest.split(" | ")
+        steps, sequences, rate, layout = rest.split(" | ")
         assert steps == f"{train.num_steps:,}"
         assert sequences == f"{train.global_batch_size:,}"
         assert float(rate) == config.optimizer.lr
-        assert int(stages) == config.parallel.pipeline_parallel_size
+        parallel = config.parallel
+        assert layout == f"{parallel.tensor_parallel_size} × {parallel.pipeline_parallel_size}"
 
 
 def test_the_figure_shows_every_package() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakor.config.schema import ParallelConfig
@@ -60,6 +60,7 @@ def test_ranks_are_numbered_pipeline_major(pipeline: int, data: int, context: in
 SIZES = st.integers(1, 4)
 
 
+@settings(max_examples=30, deadline=None)
 @given(SIZES, SIZES, SIZES)
 def test_groups_are_those_of_deepspeeds_topology(pipeline: int, data: int, tensor: int) -> None:
     dims = ParallelDims(pipeline=pipeline, data=data, context=1, tensor=tensor)
@@ -72,6 +73,7 @@ def test_groups_are_those_of_deepspeeds_topology(pipeline: int, data: int, tenso
         assert dims.coordinate(rank, "tensor") == topology.get_coord(rank).model
 
 
+@settings(max_examples=50, deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES, st.sets(st.sampled_from(AXES), min_size=1))
 def test_every_rank_is_in_one_group(pipeline: int, data: int, context: int, tensor: int, axes: set[str]) -> None:
     dims = ParallelDims(pipeline, data, context, tensor)
