@@ -44,7 +44,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m megakor demo $(if $(CORPUS),'corpus=$(CORPUS)') $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

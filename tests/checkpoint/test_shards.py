@@ -42,7 +42,7 @@ def shards_of(draw: st.DrawFn, shape: tuple[int, ...]) -> Shard:
     return Shard(dim, draw(st.integers(0, count - 1)), count)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_range_of_any_shard_of_any_cut(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=1, max_size=3), label="shape"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakor.config.schema import ActivationCheckpointing
@@ -56,6 +56,7 @@ COUNT = st.integers(0, 10**7)
 WHERE = st.tuples(COUNT, COUNT, COUNT, COUNT, st.text("0123.amlp", max_size=9))
 
 
+@settings(deadline=None)
 @given(WHERE, WHERE)
 def test_keys_are_alike_only_in_one_place(first: tuple, second: tuple) -> None:
     def key(seed: int, step: int, micro_batch: int, part: int, place: str) -> int:
@@ -219,17 +220,16 @@ def test_which_ranks_draw_the_same_masks() -> None:
             assert (dropped > 1e-3).float().mean() > 0.5, name
 
 
+SHARDED = {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}
+CHECKPOINTING = {"train__activation_checkpointing": ActivationCheckpointing.full}
 ENGINES: dict[bool, dict[str, dict[str, Any]]] = {
     False: {
         "dp2": {},
         "dp2 zero3": zero(3),
-        "tp2 sp, checkpointing": {
-            "parallel__tensor_parallel_size": 2,
-            "parallel__sequence_parallel": True,
-            "train__activation_checkpointing": ActivationCheckpointing.full,
-        },
+        "tp2 sp": SHARDED,
+        "tp2 sp, checkpointing": SHARDED | CHECKPOINTING,
     },
-    True: {"pp2": PP2, "pp2, checkpointing": PP2 | {"train__activation_checkpointing": ActivationCheckpointing.full}},
+    True: {"pp2": PP2, "pp2, checkpointing": PP2 | CHECKPOINTING},
 }
 """Layouts by whether they are pipelined."""
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
@@ -294,9 +294,10 @@ def test_engines_drop_in_training_only_and_leave_random_states_alone(engines: li
         assert abs(found.grad_norm - plain.grad_norm) > 1e-5
 
 
-def test_checkpointing_draws_the_same_masks_in_a_pipeline(engines: list) -> None:
-    """Blocks are recomputed when later micro-batches have passed already."""
+@pytest.mark.parametrize("name", ["pp2", "tp2 sp"])
+def test_checkpointing_draws_the_same_masks(engines: list, name: str) -> None:
+    """In a pipeline, blocks are recomputed when later micro-batches have passed already."""
     answers = engines[0]
-    for found, expected in zip(answers["pp2, checkpointing"].losses, answers["pp2"].losses, strict=True):
+    for found, expected in zip(answers[f"{name}, checkpointing"].losses, answers[name].losses, strict=True):
         assert found.loss == pytest.approx(expected.loss, rel=1e-7)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-7)

@@ -40,6 +40,7 @@ def test_sizes_that_do_not_fit(config: ParallelConfig, world_size: int, words: l
         assert word in str(raised.value)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_ranks_lie_as_deepspeeds_topology_has_them(pipeline: int, data: int, tensor: int) -> None:
     dims = ParallelDims(pipeline=pipeline, data=data, context=1, tensor=tensor)
@@ -50,6 +51,7 @@ def test_ranks_lie_as_deepspeeds_topology_has_them(pipeline: int, data: int, ten
         assert (dims.pipeline_rank(rank), dims.data_rank(rank)) == (coordinates.pipe, coordinates.data)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 def test_ranks_are_numbered_pipeline_major(pipeline: int, data: int, context: int, tensor: int) -> None:
     dims = ParallelDims(pipeline, data, context, tensor)

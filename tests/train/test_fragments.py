@@ -5,6 +5,7 @@ The reference is a whole model on one process, trained by plain torch.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
     return folder, found
 
 
+@functools.cache
+def whole(tied: bool) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
+    """Results of the steps on one process, and the weights after them."""
+    return by_hand(config_of(**(TIED if tied else {})), NUM_STEPS)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_losses_and_norms_are_those_of_whole_gradients(ran: tuple, name: str) -> None:
     """Every parameter counts once, whether tensor ranks or stages share it or ZeRO has cut it; all ranks are told."""
-    expected, _ = by_hand(config_of(**ALL[name]), NUM_STEPS)
+    expected, _ = whole("tied" in name)
     num_steps = 1 if "adafactor" in name else NUM_STEPS
     for results in ran[1][name]:
         for found, other in zip(results[:num_steps], expected[:num_steps], strict=True):
@@ -124,7 +131,7 @@ def test_losses_and_norms_are_those_of_whole_gradients(ran: tuple, name: str) ->
 @pytest.mark.parametrize("name", [name for name in ALL if "adafactor" not in name])
 def test_updates_are_those_of_clipped_gradients(ran: tuple, name: str) -> None:
     config = config_of(**ALL[name])
-    _, expected = by_hand(config, NUM_STEPS)
+    _, expected = whole("tied" in name)
     found = read_weights(ran[0] / name / "checkpoints" / f"step-{NUM_STEPS:08d}")
     assert found.keys() == expected.keys()
     for spec in parameter_specs(model_of(config)):
