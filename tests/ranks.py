@@ -5,6 +5,7 @@ The processes are forked from a server that has DeepSpeed imported already, so a
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,10 +25,18 @@ PRELOADED = [
 ]  # fmt: skip
 
 
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.cycle(range(20_000 + 4_000 * WORKER, 24_000 + 4_000 * WORKER))
+"""A worker's own, below those that the kernel gives to connections."""
+
+
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port of this worker's that nobody listens on."""
+    for port in PORTS:
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("the ports have no end")
 
 
 def context() -> multiprocessing.context.BaseContext:

@@ -16,9 +16,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 CALLED, GONE = "megakor/roll_call", "megakor/gone"
-FOREVER = timedelta(days=365)
-POLL_SECONDS = 0.05
-LINGER_SECONDS = 0.5  # for the others to read the result before the store goes with this process
+POLL_SECONDS, LISTEN_SECONDS = 0.05, 0.5
+LINGER_SECONDS = 1.5  # for the others to read the result before the store goes with this process
 
 
 class RollCall:
@@ -30,7 +29,14 @@ class RollCall:
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.gone: list[int] = []
-        threading.Thread(target=self._answer, args=(self._connect(),), daemon=True, name="roll call").start()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._answer, args=(self._connect(),), daemon=True, name="roll call")
+        self.thread.start()
+
+    def close(self) -> None:
+        """End the thread, before the process ends; every rank calls, when all are done."""
+        self.over.set()
+        self.thread.join()
 
     @staticmethod
     def _connect() -> dist.TCPStore:
@@ -38,10 +44,14 @@ class RollCall:
 
     def _answer(self, store: dist.TCPStore) -> None:
         try:
-            store.wait([CALLED], FOREVER)
-            store.set(f"{CALLED}/{self.rank}", "here")
-            store.wait([GONE], FOREVER)
-            self.gone = json.loads(store.get(GONE))
+            answered = False
+            while not self.over.wait(LISTEN_SECONDS):
+                if not answered and store.check([CALLED]):
+                    store.set(f"{CALLED}/{self.rank}", "here")
+                    answered = True
+                if answered and store.check([GONE]):
+                    self.gone = json.loads(store.get(GONE))
+                    return
         except RuntimeError:
             return  # the store has gone, and with it whoever could call
 

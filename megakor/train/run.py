@@ -87,6 +87,8 @@ def process_group(config: EngineConfig) -> Iterator[ParallelDims]:
             f"run={config.run}: rank {ranks} died or lost its connection, and every rank must be there; the same "
             f"command goes on from the last checkpoint ({str(error).splitlines()[0]})"
         ) from error
+    if roll_call is not None:
+        roll_call.close()
     end_process_group()
 
 
