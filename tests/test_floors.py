@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,3 +222,13 @@ def test_files_can_be_read_in_a_sitting() -> None:
         str(path.relative_to(ROOT)): lines for path in sources() if (lines := len(path.read_text().splitlines())) > 350
     }
     assert long == {}
+
+
+@pytest.mark.parametrize(
+    "module", ["demo.__main__", "evaluate.__main__", "export", "generate.__main__", "simulate.__main__"]
+)
+def test_verbs_that_answer_on_standard_output_start_without_deepspeed(module: str) -> None:
+    """DeepSpeed logs to standard output from its import on."""
+    code = f"import sys, megakor.{module}; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -23,6 +23,7 @@ from megakor.files import sha256_of
 from megakor.model.parameters import Shard
 
 VERSION = 2  # 2: pieces of shards
+WEIGHT = "weight"  # the state that every parameter has: its fp32 value
 MANIFEST = "manifest.json"
 LATEST = "latest"
 FOLDER = "checkpoints"

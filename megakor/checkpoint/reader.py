@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megakor.checkpoint.format import MANIFEST, CheckpointManifest, TensorEntry, committed, piece_key, step_of
+from megakor.checkpoint.format import (
+    MANIFEST,
+    WEIGHT,
+    CheckpointManifest,
+    TensorEntry,
+    committed,
+    piece_key,
+    step_of,
+)
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.parameters import WHOLE, Shard, parameter_specs
-from megakor.train.optimizer import WEIGHT
 
 log = get_logger(__name__)
 

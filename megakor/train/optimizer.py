@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megakor.checkpoint.format import WEIGHT
 from megakor.config.schema import OptimizerConfig, OptimizerName
 from megakor.model.parameters import WHOLE, ParameterSpec, Shard
 from megakor.parallel.build import Held
 from megakor.train.adafactor import Adafactor, Sharing
 from megakor.train.fragments import Flat, Fragment
-
-WEIGHT = "weight"
 
 
 @dataclass(frozen=True)

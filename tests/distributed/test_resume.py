@@ -34,7 +34,7 @@ from tests.distributed.runs import (
 )
 from tests.ranks import run_ranks
 
-SAVING: dict[str, Any] = {"checkpoint__interval": 5}
+SAVING: dict[str, Any] = {"checkpoint__interval": 5, "evaluation__interval": 12}
 TP2 = {"parallel__tensor_parallel_size": 2}
 SP = {"parallel__sequence_parallel": True}
 CP2 = {"parallel__context_parallel_size": 2}
@@ -42,7 +42,7 @@ OFFLOAD = {"parallel__offload_optimizer": True}
 CHECKPOINTING = {"train__activation_checkpointing": ActivationCheckpointing.full}
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 KILLED = {
-    "dp2 zero1 fp32": {},
+    "dp2 zero1 fp32": {"evaluation__interval": 6},
     "dp2 zero1 bf16": BF16,
     "pp2 zero1 bf16": PP2 | BF16,
     "pp2 tied fp32": PP2 | TIED,
@@ -81,7 +81,7 @@ def killed(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Killed:
         run_ranks(run_jobs, 2, [Job(config, kill=7, rank=index % 2)], killed=True)
         assert 5 <= len(curve(folder / "killed" / name)) <= 7
         again[name] = Job(config)
-    saving = configuration(made, folder / "killed" / "while saving", **SAVING)
+    saving = configuration(made, folder / "killed" / "while saving", **SAVING | KILLED["dp2 zero1 fp32"])
     run_ranks(run_jobs, 2, [Job(saving, kill_saving=10)], killed=True)
     assert [path.name for path in (folder / "killed/while saving/checkpoints").glob("*10*")] == [
         "step-00000010.writing"

@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megakor.checkpoint.format import MANIFEST, CheckpointManifest, FileEntry, TensorEntry, step_folder
+from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, FileEntry, TensorEntry, step_folder
 from megakor.config.schema import ModelConfig, TokenizerKind, TrainTokenizerConfig
 from megakor.files import sha256_of
 from megakor.model.parameters import parameter_specs
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.tokenizer.train import train_tokenizer
-from megakor.train.optimizer import WEIGHT
 
 HANGUL = [chr(code) for code in range(0xAC00, 0xD7A4)]
 
