@@ -10,9 +10,10 @@ from megakor.config.compose import main
 from megakor.config.schema import PretrainConfig
 from megakor.data.stream import HeldoutSet, PretrainStream
 from megakor.tokenizer.tokenizer import Tokenizer
-from megakor.train.engine import Engine, SeededValues, Values
+from megakor.train.engine import Engine
 from megakor.train.loop import Training, train
 from megakor.train.run import check_continues, process_group, resolve_vocabulary, resume_point, write_run
+from megakor.train.values import SeededValues, Values
 
 
 def run(config: PretrainConfig) -> None:

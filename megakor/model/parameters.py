@@ -79,7 +79,7 @@ class ParameterSpec:
             return torch.full(self.shape, self.constant, dtype=torch.float32)
         digest = hashlib.sha256(f"{seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(self.shape, generator=generator, dtype=torch.float32) * self.std
+        return torch.randn(self.shape, generator=generator, dtype=torch.float32).mul_(self.std)
 
 
 def parameter_specs(config: ModelConfig) -> list[ParameterSpec]:

@@ -4,18 +4,20 @@ Megatron-LM's scheme (Shoeybi et al. 2019; Korthikanti et al. 2022). Column line
 linears their input features; a row linear's output is a partial sum, which `join` adds up. Without sequence
 parallelism every tensor rank holds the whole residual stream:
 
-    column: copy forward, all-reduce backward          join: all-reduce forward, copy backward
+    column: nothing forward, all-reduce backward          join: all-reduce forward, nothing backward
 
 With it, each rank holds its part of the sequence, norms and dropout work on that part, and
 
     column: all-gather forward, reduce-scatter backward          join: reduce-scatter forward, all-gather backward
 
-Norms and row biases then see a part of the tokens only, so their gradients are summed over the tensor ranks, in an
-identity around the parameter. Dimension 1 of hidden states is the sequence.
+The gathered input of a column linear is not kept: the backward pass gathers it again. Norms and row biases see a part
+of the tokens only, so their gradients are summed over the tensor ranks, in an identity around the parameter. Dimension
+1 of hidden states is the sequence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,72 +34,68 @@ from megakor.parallel.groups import Groups
 AnyLayer = TypeVar("AnyLayer", Linear, Embedding)
 
 
-def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over the group, as a new tensor."""
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
+Waiting = Callable[[], torch.Tensor]
+"""Ends a collective that was started, and returns its result."""
 
 
-def gather_sequence(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[batch, seq / size, …] of each rank -> [batch, seq, …]."""
+def start_sum(partial: torch.Tensor, group: dist.ProcessGroup) -> Waiting:
+    """Start to add up a tensor over the group, in place."""
+    work = dist.all_reduce(partial, group=group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return partial
+
+    return wait
+
+
+def start_gathering(part: torch.Tensor, group: dist.ProcessGroup) -> Waiting:
+    """Start [batch, seq / size, …] of each rank -> [batch, seq, …]."""
     size = dist.get_world_size(group)
     batch, length, *rest = part.shape
     parts = part.new_empty((size * batch, length, *rest))
-    dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
-    return parts.unflatten(0, (size, batch)).transpose(0, 1).reshape(batch, size * length, *rest)
+    work = dist.all_gather_into_tensor(parts, part.contiguous(), group=group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return parts.unflatten(0, (size, batch)).transpose(0, 1).reshape(batch, size * length, *rest)
+
+    return wait
 
 
-def scatter_sequence(partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[batch, seq, …] partial sums -> this rank's part of their sum over the group, [batch, seq / size, …]."""
+def start_scattering(partial: torch.Tensor, group: dist.ProcessGroup) -> Waiting:
+    """Start [batch, seq, …] partial sums -> this rank's part of their sum over the group, [batch, seq / size, …]."""
     size = dist.get_world_size(group)
     parts = partial.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # [size, batch, seq / size, …]
     part = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group)
-    return part
+    work = dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=group, async_op=True)
 
+    def wait() -> torch.Tensor:
+        work.wait()
+        return part
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return hidden_states.view_as(hidden_states)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_reduce(gradient, ctx.group), None
+    return wait
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        return all_reduce(partial, group)
+        return start_sum(partial.clone(memory_format=torch.contiguous_format), group)()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return gather_sequence(part, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return scatter_sequence(gradient, ctx.group), None
-
-
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        return scatter_sequence(partial, group)
+        return start_scattering(partial, group)()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gather_sequence(gradient, ctx.group), None
+        return start_gathering(gradient, ctx.group)(), None
 
 
 class _SumGradients(torch.autograd.Function):
@@ -134,17 +132,51 @@ class TensorRegion:
     group: dist.ProcessGroup
     sequence_parallel: bool
 
-    def enter(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Residual stream -> whole sequences."""
-        return (_Gather if self.sequence_parallel else _Copy).apply(hidden_states, self.group)
+    def start_entering(self, hidden_states: torch.Tensor) -> Waiting:
+        """Start residual stream -> whole sequences."""
+        return start_gathering(hidden_states, self.group) if self.sequence_parallel else lambda: hidden_states
+
+    def start_leaving(self, partial: torch.Tensor) -> Waiting:
+        """Start partial sums over whole sequences -> residual stream; may sum in place."""
+        return (start_scattering if self.sequence_parallel else start_sum)(partial, self.group)
 
     def leave(self, partial: torch.Tensor) -> torch.Tensor:
         """Partial sums over whole sequences -> residual stream."""
         return (_Scatter if self.sequence_parallel else _Sum).apply(partial, self.group)
 
+    def column(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`functional.linear` of the residual stream, as whole sequences."""
+        return _Column.apply(states, weight, bias, self)
+
     def residual_parameters(self, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Parameters that every tensor rank holds whole, for use on the residual stream."""
         return _SumGradients.apply(self.group, *parameters) if self.sequence_parallel else parameters
+
+
+class _Column(torch.autograd.Function):
+    """A linear layer from the residual stream on, whose backward pass computes while it communicates.
+
+    The input is gathered beside the product for the input's gradient, and that is summed beside the product for the
+    weight's. Kept are this rank's part of the input, and the weight itself and no view of it (`gathered_linear`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, region: TensorRegion
+    ) -> torch.Tensor:
+        ctx.region = region
+        ctx.save_for_backward(states, weight)
+        return functional.linear(region.start_entering(states)(), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
+        states, weight = ctx.saved_tensors
+        whole = ctx.region.start_entering(states)
+        of_states = ctx.region.start_leaving(gradient.matmul(weight))
+        rows = gradient.flatten(0, -2)
+        of_weight = rows.t().matmul(whole().flatten(0, -2))
+        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return of_states(), of_weight, of_bias, None
 
 
 class ColumnLinear(Linear):
@@ -153,7 +185,7 @@ class ColumnLinear(Linear):
     region: TensorRegion
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.region.enter(hidden_states))
+        return self.region.column(hidden_states, self.weight, self.bias)
 
 
 class RowLinear(Linear):
@@ -177,7 +209,7 @@ class VocabularyEmbedding(Embedding):
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [batch, seq, rows of this shard]."""
-        return super().project(self.region.enter(hidden_states))
+        return self.region.column(hidden_states, self.weight)
 
 
 class ResidualNorm(Norm):

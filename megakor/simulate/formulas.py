@@ -3,12 +3,12 @@
 Rajbhandari et al. 2020, sections 5 (model states) and 7 (communication). Up to ZeRO-2 the communication is as DeepSpeed
 0.19 does it: gradients are summed by all-reduce, once a step or, by ZeRO-2, for every micro-batch; updated weights are
 gathered once a step. ZeRO-3's is the paper's: weights are gathered in every forward and backward pass, gradients are
-scattered in every backward pass. Gradients travel in the type of the weights and add up in fp32.
+scattered in every backward pass. Gradients travel in the type of the weights, but in fp32 under ZeRO-1 in bf16.
 """
 
 from __future__ import annotations
 
-from megakor.config.schema import EngineConfig, OptimizerName
+from megakor.config.schema import EngineConfig, OptimizerName, Precision
 from megakor.parallel.dims import ParallelDims
 from megakor.simulate.collectives import Traffic
 from megakor.train.device import DTYPES
@@ -29,7 +29,8 @@ def replica_traffic(config: EngineConfig, dims: ParallelDims, numel: int, num_mi
     weights = numel * DTYPES[config.train.precision].itemsize
     part, stage = weights // dims.replicas, config.parallel.zero_stage
     gathered = {0: 0, 1: part, 2: part, 3: 2 * part * num_micro_batches}[stage]
-    reduced = weights * (num_micro_batches if stage >= 2 else 1)
+    wide = stage == 1 and config.train.precision is Precision.bf16
+    reduced = numel * FP32 if wide else weights * (num_micro_batches if stage >= 2 else 1)
     found = [
         Traffic("replicas", "all_gather", None, gathered),
         Traffic("replicas", "reduce_scatter" if stage == 3 else "all_reduce", None, reduced),

@@ -17,8 +17,8 @@ from megakor.simulate.collectives import Traffic
 from megakor.simulate.formulas import FP32, replica_traffic, state_bytes
 from megakor.simulate.stage import Part, Pass, build_quietly, fake_rank, run_pass
 from megakor.tokenizer.tokenizer import Tokenizer
-from megakor.train.engine import check_batches
 from megakor.train.run import resolve_vocabulary
+from megakor.train.settings import check_batches
 
 
 @dataclass(frozen=True)

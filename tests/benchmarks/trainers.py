@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -21,7 +22,8 @@ from megakor.data.stream import Batch
 from megakor.interop.huggingface import model_json
 from megakor.model.parameters import parameter_specs
 from megakor.parallel.dims import ParallelDims
-from megakor.train.engine import Engine, SeededValues
+from megakor.train.engine import Engine
+from megakor.train.values import SeededValues
 
 LEARNING_RATE = 1e-3
 
@@ -80,16 +82,16 @@ class Trainer(Protocol):
 
 
 class MegakorTrainer:
-    """`megakor pretrain`'s engine: DeepSpeed with ZeRO-1, one process."""
+    """`megakor pretrain`'s engine: DeepSpeed with ZeRO-1, in one process unless `parallel` says otherwise."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, parallel: ParallelConfig | None = None) -> None:
         config = EngineConfig(
             run="",
-            parallel=ParallelConfig(zero_stage=1),
+            parallel=parallel or ParallelConfig(),
             train=case.train,
             optimizer=OptimizerConfig(lr=LEARNING_RATE),
         )
-        dims = ParallelDims.from_config(config.parallel, world_size=1)
+        dims = ParallelDims.from_config(config.parallel, dist.get_world_size())
         self.engine = Engine(config, case.model, case.vocabulary, dims, SeededValues(case.model, case.train.seed))
         self.description = f"megakor, {case.train.precision.value}, ZeRO-1"
 

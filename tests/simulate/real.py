@@ -20,7 +20,8 @@ from megakor.config.schema import PretrainConfig
 from megakor.data.stream import Batch
 from megakor.parallel import build as building
 from megakor.parallel.dims import ParallelDims
-from megakor.train.engine import Engine, SeededValues
+from megakor.train.engine import Engine
+from megakor.train.values import SeededValues
 
 KINDS = {
     "all_reduce": ("all_reduce", "tensor"),

@@ -219,7 +219,7 @@ def test_a_stage_of_blocks_by_hand(largest: tuple[Simulation, int]) -> None:
     assert stage.holds == "blocks 10 to 19"
     traffic = {(found.axis, found.kind): (found.count, found.num_bytes) for found in stage.micro_batch}
     assert traffic == {
-        ("tensor", "all_gather"): (10 * 3, 10 * 3 * states // 4),  # two columns forward, the join backward
+        ("tensor", "all_gather"): (10 * 5, 10 * 5 * states // 4),  # two columns in both passes, the join backward
         ("tensor", "reduce_scatter"): (10 * 3, 10 * 3 * states),
         ("tensor", "all_reduce"): (10 * 3, 10 * 6 * 5120 * 4),  # two norms and the row biases, in fp32
         ("pipeline", "send_hidden_states"): (1, states // 4),
@@ -228,7 +228,7 @@ def test_a_stage_of_blocks_by_hand(largest: tuple[Simulation, int]) -> None:
     block = (
         states // 4  # the input of the norms
         + 2 * 2 * 512 * 2  # their means and deviations
-        + 2 * states  # gathered: the inputs of both columns
+        + 2 * states // 4  # this rank's part of the inputs of both columns
         + 3 * states // 4  # queries, keys and values
         + 2 * states // 4  # rotated queries and keys
         + 2 * 2048 * 64 * 2  # rotary tables

@@ -16,7 +16,8 @@ from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.loss import token_losses
 from megakor.model.parameters import initialize_parameters
 from megakor.parallel.dims import ParallelDims
-from megakor.train.engine import Engine, SeededValues, StepResult
+from megakor.train.engine import Engine, StepResult
+from megakor.train.values import SeededValues
 from tests.distributed.runs import Made, configuration
 
 ROWS, NUM_TOKENS = 64, 50

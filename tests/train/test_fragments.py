@@ -17,9 +17,10 @@ from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.reader import CheckpointValues, read_weights
 from megakor.checkpoint.save import save_checkpoint
 from megakor.model.parameters import parameter_specs
-from megakor.train.engine import Engine, SeededValues, StepResult
+from megakor.train.engine import Engine, StepResult
 from megakor.train.fragments import is_partitioned, own_range
 from megakor.train.run import plain
+from megakor.train.values import SeededValues
 from tests.distributed.runs import ADAFACTOR, PP2, TIED, zero
 from tests.ranks import run_ranks
 from tests.train.engines import CLIP, NUM_TOKENS, by_hand, config_of, make_engine, model_of, train

@@ -1,0 +1,46 @@
+"""Where the values of a run's first step come from: a seed, or a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megakor.config.schema import ModelConfig
+from megakor.model.parameters import WHOLE, Shard, parameter_specs
+
+
+class Values(Protocol):
+    """Where a model's values come from: a seed, or a checkpoint."""
+
+    def weight(self, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+        """Elements of a flattened fp32 parameter or of a shard of it."""
+
+    def state(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+        """Elements of a flattened optimizer state or of a shard of it."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimizer state has behind it; 0: there is none, and moments start at zero."""
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """State of the dynamic loss scale; None: it starts afresh."""
+
+
+@dataclass
+class SeededValues:
+    """A fresh model: every parameter from the seed and its canonical name."""
+
+    model: ModelConfig
+    seed: int
+    optimizer_steps: int = 0
+    loss_scale: dict[str, float] | None = None
+
+    def weight(self, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+        spec = next(spec for spec in parameter_specs(self.model) if spec.name == name)
+        return shard.of(spec.initial_value(self.seed)).flatten()[start:stop]
+
+    def state(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+        return torch.zeros(stop - start)

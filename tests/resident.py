@@ -1,0 +1,32 @@
+"""How much memory this process holds, from `/proc/self/status`."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def resident_size() -> int:
+    """Bytes of memory in use now."""
+    return _status("VmRSS")
+
+
+def peak_resident_size() -> int:
+    """The most that ever was, bytes."""
+    return _status("VmHWM")
+
+
+def give_back_freed_blocks() -> None:
+    """Have malloc map blocks from 64 KiB on and give them back when freed: what it kept would count as in use."""
+    library = ctypes.CDLL(None)
+    library.mallopt(M_MMAP_THRESHOLD, 2**16)
+    library.mallopt(M_ARENA_MAX, 1)
