@@ -1,4 +1,4 @@
-# megakor: make demo · make test · make lint · make bench · make docs. Each installs what it needs into .venv, once.
+# megakor: make demo · test · matrix · lint · bench · docs. Each installs what it needs into .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,16 +6,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 CORPUS ?=
 ARGS ?=
+BENCH ?= train_step
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test lint format bench docs clean requirements
+.PHONY: help demo test matrix lint format bench docs clean requirements
 
 help:
 	@echo "make demo    the whole arc on two CPU cores: text in; a trained, resumed, exported, tuned model out"
 	@echo "             CORPUS='path/*.jsonl.gz' uses your text; ARGS='num_steps=200' changes the demo's keys"
 	@echo "make test    the tests          make lint    ruff and mypy"
-	@echo "make bench   the benchmarks     make docs    the documentation, into site/"
+	@echo "make bench   the training benchmark; BENCH=parallel or BENCH=memory another"
+	@echo "make docs    the documentation, into site/"
+	@echo "make matrix  every layout against one process, into docs/layouts.md (about half an hour on two CPU cores)"
 
 requirements:
 	@command -v $(PYTHON) >/dev/null || { echo "megakor needs Python 3.10 or newer, and '$(PYTHON)' is not there:" \
@@ -46,6 +49,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+matrix: $(VENV)/.installed-test
+	$(BIN)/python -m tests.distributed.matrix
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +62,7 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m tests.benchmarks.train_step $(ARGS)
+	$(BIN)/python -m tests.benchmarks.$(BENCH) $(ARGS)
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -5,6 +5,7 @@ The processes are forked from a server that has DeepSpeed imported already, so a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -13,7 +14,7 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,14 +26,19 @@ PRELOADED = [
 ]  # fmt: skip
 
 
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.cycle(range(20_000 + 4_000 * WORKER, 24_000 + 4_000 * WORKER))
-"""A worker's own, below those that the kernel gives to connections."""
+LOWEST_PORT, NUM_PORTS = 20_000, 12_000
+"""Below those that the kernel gives to connections."""
+
+
+@functools.cache
+def ports(pid: int) -> Iterator[int]:
+    """All of them, each process from another one on, so that two seldom try the same at once."""
+    return itertools.cycle(LOWEST_PORT + (64 * pid + number) % NUM_PORTS for number in range(NUM_PORTS))
 
 
 def free_port() -> int:
-    """A port of this worker's that nobody listens on."""
-    for port in PORTS:
+    """A port that nobody listens on."""
+    for port in ports(os.getpid()):
         with socket.socket() as tried:
             if tried.connect_ex(("127.0.0.1", port)):
                 return port

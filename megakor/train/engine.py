@@ -111,10 +111,13 @@ class Engine:
             config=deepspeed_config(config, self.dims),
             mpu=self._mpu,
         )
-        if self.dims.replicas == 1 and isinstance(self.engine.optimizer, BF16_Optimizer):
-            # One replica: DeepSpeed's bf16 optimizer would flatten, "reduce" and copy back every fp32 gradient.
-            self.engine.enable_backward_allreduce = False
-            self.engine.pipeline_enable_backward_allreduce = False
+        if isinstance(self.engine.optimizer, BF16_Optimizer):
+            # DeepSpeed would copy all fp32 gradients into one bucket and back; each by itself is reduced in place.
+            reduce = self.engine.buffered_allreduce_fallback
+            self.engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(grads, 0)
+            if self.dims.replicas == 1:  # nothing to reduce, which DeepSpeed would do all the same
+                self.engine.enable_backward_allreduce = False
+                self.engine.pipeline_enable_backward_allreduce = False
         self.group_settings = [
             {key: value for key, value in group.items() if isinstance(value, int | float) and key != "lr"}
             for group in self.optimizer.param_groups

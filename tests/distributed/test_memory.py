@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from typing import Any
 
 import deepspeed
 import pytest
@@ -17,8 +18,10 @@ from megakor.parallel.dims import ParallelDims
 from megakor.parallel.tensor import gathered_linear
 from megakor.train.engine import Engine
 from megakor.train.values import SeededValues
+from tests.distributed.runs import BF16
 from tests.ranks import run_ranks
 from tests.resident import give_back_freed_blocks, peak_resident_size, resident_size
+from tests.train.engines import config_of, make_engine, train
 
 MIB = 2**20
 MODEL = ModelConfig(  # 448 MiB of fp32 weights; its largest parameters are the embedding and the head, 32 MiB each
@@ -70,6 +73,29 @@ def test_building_holds_a_shard_and_a_layer(name: str) -> None:
     for rank, grown in enumerate(run_ranks(growth, 2, LAYOUTS[name])):
         assert 0.9 * shard < grown, f"rank {rank}: {grown / MIB:.0f} MiB cannot hold {shard / MIB:.0f} MiB"
         assert grown < shard + LAYER + SLACK, f"rank {rank}: {grown / MIB:.0f} MiB for {shard / MIB:.0f} MiB of weights"
+
+
+def train_step_and_watch_sums() -> tuple[list[int], list[int]]:
+    """Where the fp32 gradients of a bf16 run are, and where the large fp32 tensors were that were summed in a step."""
+    engine = make_engine(config_of(**BF16))
+    places = [flat.data_ptr() for flat in engine.engine.optimizer.fp32_groups_gradients_flat]
+    summed, all_reduce = [], dist.all_reduce
+
+    def watched(tensor: torch.Tensor, *args: Any, **keywords: Any) -> Any:
+        if tensor.numel() > 2:
+            assert tensor.dtype is torch.float32
+            summed.append(tensor.data_ptr())
+        return all_reduce(tensor, *args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", watched)
+        train(engine, 1)
+    return places, summed
+
+
+def test_replicas_gradients_are_summed_in_fp32_where_they_are() -> None:
+    for places, summed in run_ranks(train_step_and_watch_sums, 2):
+        assert sorted(summed) == sorted(places)
 
 
 @pytest.mark.parametrize("biased", [False, True])
