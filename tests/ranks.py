@@ -26,14 +26,20 @@ PRELOADED = [
 ]  # fmt: skip
 
 
-LOWEST_PORT, NUM_PORTS = 20_000, 12_000
-"""Below those that the kernel gives to connections."""
+LOWEST_PORT, STRIPE, NUM_STRIPES = 20_000, 1_500, 8
+"""Ports of test runs, below those that the kernel gives to connections."""
 
 
 @functools.cache
 def ports(pid: int) -> Iterator[int]:
-    """All of them, each process from another one on, so that two seldom try the same at once."""
-    return itertools.cycle(LOWEST_PORT + (64 * pid + number) % NUM_PORTS for number in range(NUM_PORTS))
+    """A stripe of them without end: a worker's own, or one that the process's number chooses.
+
+    A port is found free some time before a rank listens on it, so two runs must not try the same ones.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    stripe = int(worker.removeprefix("gw")) % 4 if worker else 4 + pid % 4
+    first = LOWEST_PORT + STRIPE * stripe
+    return itertools.cycle(first + (pid + number) % STRIPE for number in range(STRIPE))
 
 
 def free_port() -> int:

@@ -141,7 +141,8 @@ def chained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, chain in CHAINS.items()
         ]
         for error, _ in run_all(world_size, jobs + (alone if world_size == 1 else [])):
-            assert error is None, (number, link, error)
+            if error is not None:
+                pytest.fail(f"link {number}, {link}: {error}")
     return folder
 
 
