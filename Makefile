@@ -18,7 +18,7 @@ help:
 	@echo "make test    the tests          make lint    ruff and mypy"
 	@echo "make bench   the training benchmark; BENCH=parallel or BENCH=memory another"
 	@echo "make docs    the documentation, into site/"
-	@echo "make matrix  every layout against one process, into docs/layouts.md (about half an hour on two CPU cores)"
+	@echo "make matrix  every layout against one process, into docs/layouts.md (about an hour on two CPU cores)"
 
 requirements:
 	@command -v $(PYTHON) >/dev/null || { echo "megakor needs Python 3.10 or newer, and '$(PYTHON)' is not there:" \

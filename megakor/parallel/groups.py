@@ -35,12 +35,16 @@ class Groups:
     def create(cls, dims: ParallelDims) -> Groups:
         """Make the groups; every rank of the process group calls.
 
-        Each rank makes its own groups only, in the same order: the time does not grow with the number of groups.
+        All ranks make all groups, in the same order. PyTorch could make a rank only its own, but would name them by how
+        many it has been in before, which would have to be the same on every rank. A group of one may have any name.
         """
         rank = dist.get_rank()
 
         def own(*axes: str) -> dist.ProcessGroup:
-            return dist.new_group(dims.peers(rank, *axes), use_local_synchronization=True)
+            if dims.peers(rank, *axes) == [rank]:
+                return dist.new_group([rank], use_local_synchronization=True)
+            group, _ = dist.new_subgroups_by_enumeration(dims.groups(*axes))
+            return group
 
         return cls(dims, rank, own("tensor"), own("context"), own("data", "context"))
 

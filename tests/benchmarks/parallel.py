@@ -58,12 +58,13 @@ LAYOUTS = {
 }
 KINDS = {
     "waiting": ("wait: ",),
+    "waiting for what was started": ("_Column", "_Sum", "_Scatter"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "attention": ("aten::_scaled_dot_product",),
     "copies": ("aten::copy_", "aten::cat", "aten::clone"),
     "optimizer": ("aten::_fused_adamw_",),
 }
-"""Beginnings of the names of operations, by what they are."""
+"""Beginnings of the names of operations, by what they are. Tensor-parallel functions only start and wait themselves."""
 
 
 def case(precision: Precision, batch_size: int = NUM_MICRO_BATCHES) -> Case:

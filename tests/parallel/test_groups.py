@@ -112,3 +112,20 @@ def test_groups_of_eight_ranks(ranks: list, index: int) -> None:
 def test_a_pipeline_has_whole_sequences() -> None:
     with pytest.raises(AssertionError, match="whole sequences"):
         pipeline_topology(ParallelDims(pipeline=1, data=1, context=2, tensor=1))
+
+
+def groups_after_others() -> list[list[int]]:
+    """The groups of two layouts, made after groups that only some of the ranks are in."""
+    if dist.get_rank() in (0, 3):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    made = [Groups.create(ParallelDims(2, 1, 1, 2)), Groups.create(ParallelDims(1, 2, 1, 2))]
+    for groups in made:
+        for group in (groups.tensor, groups.context, groups.replicas):
+            dist.barrier(group)
+    return [ranks_of(group) for groups in made for group in (groups.tensor, groups.replicas)]
+
+
+def test_groups_do_not_depend_on_those_made_before() -> None:
+    found = run_ranks(groups_after_others, 4)
+    assert found[0] == [[0, 1], [0], [0, 1], [0, 2]]
+    assert found[3] == [[2, 3], [3], [2, 3], [1, 3]]
