@@ -36,8 +36,8 @@ def ports(pid: int) -> Iterator[int]:
 
     A port is found free some time before a rank listens on it, so two runs must not try the same ones.
     """
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    stripe = int(worker.removeprefix("gw")) % 4 if worker else 4 + pid % 4
+    worker, half = os.environ.get("PYTEST_XDIST_WORKER"), NUM_STRIPES // 2
+    stripe = int(worker.removeprefix("gw")) % half if worker else half + pid % half
     first = LOWEST_PORT + STRIPE * stripe
     return itertools.cycle(first + (pid + number) % STRIPE for number in range(STRIPE))
 

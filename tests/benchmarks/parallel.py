@@ -3,8 +3,8 @@
     python -m tests.benchmarks.parallel [--rounds 4] [--precision bf16 …] [--layout dp2 …] [--profile]
 
 All sides train the same model on the same global batch in 8 micro-batches with megakor's engine on gloo: so a ratio of
-1 says that splitting costs nothing. The model is four blocks' width of a small language model: 5 blocks of 768, 512
-tokens in a sequence. Its output projection costs about as much as a block, so that two equal stages are a fair cut
+1 says that splitting costs nothing. The model has 5 blocks of width 512 and sequences of 512
+tokens. Its output projection costs about as much as a block, so that two equal stages are a fair cut
 (embedding and 3 blocks; 2 blocks, norm and projection); for 8 micro-batches over 2 stages the limit is then 8 / 9.
 
 Every process lives through the whole run, and they take turns: one side makes a step while the others sleep in a pipe.

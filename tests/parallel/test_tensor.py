@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
 from megakor.model.layers import Layers, WholeLayers
 from megakor.model.parameters import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
-from megakor.parallel.tensor import ShardedLayers, gathered_linear
+from megakor.parallel.tensor import ShardedLayers
 from tests.model.configs import small
 from tests.parallel.shards import Piece, Tensors, value
 from tests.ranks import run_ranks
@@ -192,19 +191,6 @@ def test_a_model_of_shards_is_the_model(ranks: dict, name: str, size: int, seque
             assert far < 2e-6, key
             if places[key] is None:
                 assert torch.equal(tensor, ranks[size][0][sequence_parallel, name][key]), key
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_product_of_gathered_weights_is_torchs(bias: bool) -> None:
-    """What ZeRO-3 computes with in place of `functional.linear`."""
-    direction, answers = value("direction", BATCH, SEQ, INNER), []
-    for product in (functional.linear, gathered_linear):
-        states, weight = value("states", BATCH, SEQ, HIDDEN), value("weight", INNER, HIDDEN)
-        inputs = [states, weight, value("bias", INNER)] if bias else [states, weight]
-        output = product(*(tensor.requires_grad_() for tensor in inputs))
-        (output * direction).sum().backward()
-        answers.append([output.detach(), *(tensor.grad for tensor in inputs)])
-    torch.testing.assert_close(answers[1], answers[0], rtol=1e-6, atol=2e-6)
 
 
 def megatron(name: str, config: Any, piece: Piece) -> Tensors:

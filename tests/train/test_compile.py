@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megakor.config.schema import ActivationCheckpointing
 from megakor.model.gpt_neox import Block
 from megakor.train.engine import StepResult
 from tests.ranks import run_ranks
@@ -17,7 +18,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor and sequence": (2, {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}),
     "pipeline": (2, {"parallel__pipeline_parallel_size": 2}),
     "zero 3": (2, {"parallel__zero_stage": 3}),
-    "full checkpointing": (1, {"train__activation_checkpointing": "full"}),
+    "full checkpointing": (1, {"train__activation_checkpointing": ActivationCheckpointing.full}),
 }
 
 
@@ -28,6 +29,7 @@ def plain_and_compiled(changes: dict[str, Any]) -> list[list[StepResult]]:
         engine = make_engine(config_of(train__compile=compiled, **changes))
         blocks = [module for module in engine.built.module.modules() if isinstance(module, Block)]
         assert blocks
+        assert all(block.recomputed is ("train__activation_checkpointing" in changes) for block in blocks)
         assert all((block._compiled_call_impl is not None) is compiled for block in blocks)
         found.append(train(engine, 3))
     return found
