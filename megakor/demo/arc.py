@@ -10,6 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Arc:
         self.make_folder()
         self.make_data()
         self.pretrain()
-        self.instruct()
+        self.evaluate_and_instruct()
         self.export()
         self.speak()
         return self.summarise()
@@ -118,14 +119,10 @@ class Arc:
         with self.stage("resume"):
             run(launched("pretrain", overrides))
         self.figures |= training_figures(folder) | resume_figures(folder)
-        with self.stage("evaluate"):
-            shards = {"heldout": self.path("shards", "heldout"), "train": self.path("shards", "train")}
-            measured = output(verb("evaluate", run=folder, **shards))
-        for name in ("bits_per_byte", "order0_bits_per_byte", "unigram_bits_per_byte"):
-            self.figures[name] = measured[name]
 
-    def instruct(self) -> None:
-        """Tune on the sample's pairs."""
+    def evaluate_and_instruct(self) -> None:
+        """Measure bits per byte, and tune on the sample's pairs: the launcher takes a while to start on one core."""
+        shards = {"heldout": self.path("shards", "heldout"), "train": self.path("shards", "train")}
         overrides = [
             "experiment=instruct_demo",
             override("base", self.path("pretrain")),
@@ -136,8 +133,11 @@ class Arc:
         ]
         if self.config.instruct_steps is not None:
             overrides.append(override("train.num_steps", self.config.instruct_steps))
-        with self.stage("instruct"):
+        with self.stage("evaluate, instruct"), ThreadPoolExecutor(1) as beside:
+            evaluation = beside.submit(output, verb("evaluate", run=self.folder / "pretrain", **shards))
             run(launched("instruct", overrides))
+        for name in ("bits_per_byte", "order0_bits_per_byte", "unigram_bits_per_byte"):
+            self.figures[name] = evaluation.result()[name]
         figures = training_figures(self.folder / "instruct")
         self.figures |= {f"instruct_{name}": figures[name] for name in ("first_loss", "last_loss")}
 

@@ -57,16 +57,23 @@ def launched(name: str, overrides: list[str]) -> list[str]:
     return [found, *flags, "--module", f"megakor.{name}", *overrides]
 
 
-def start(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, with its output on our standard error."""
+def start(command: list[str], beside: int = 0) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, with its output on our standard error.
+
+    Args:
+        beside: commands that run at the same time, with which it shares the cores.
+    """
     log.info("$ %s", shlex.join(command))
     environment = {**ON_PROCESSORS, **os.environ}
+    if beside:
+        num_threads = max(1, len(os.sched_getaffinity(0)) // (beside + 1))
+        environment.setdefault("OMP_NUM_THREADS", str(num_threads))
     return subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
 
 
 def run(*commands: list[str]) -> None:
     """Run commands side by side to their ends; an interrupt ends them too."""
-    processes = [start(command) for command in commands]
+    processes = [start(command, beside=len(commands) - 1) for command in commands]
     try:
         statuses = [process.wait() for process in processes]
     except BaseException:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import deepspeed
@@ -78,6 +80,24 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Inside, `torch.compile` gives functions back as they are.
+
+    DeepSpeed 0.19 has the kernels of an optimizer that is not used here compiled whenever an engine is made, which
+    loads the compiler for seconds on every rank.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read at every call
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def start_fake_process_group(rank: int, world_size: int) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megakor.checkpoint.format import WEIGHT
 from megakor.config.schema import EngineConfig, ModelConfig
@@ -29,7 +30,7 @@ from megakor.parallel.context import own_part
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups, ModelParallelUnit
 from megakor.train.adafactor import Sharing
-from megakor.train.device import DTYPES, device, loss_chunk, to_device
+from megakor.train.device import DTYPES, device, loss_chunk, to_device, without_compiler
 from megakor.train.fragments import flats, fragments, is_partitioned, own_range
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
@@ -51,6 +52,17 @@ class HeldoutWindows(Protocol):
     num_windows: int
 
     def windows(self, start: int, count: int) -> Batch: ...
+
+
+def norm_of_all_groups(zero: DeepSpeedZeroOptimizer, norm_type: int = 2) -> Any:
+    """The gradient norm, summed over the ranks once for all parameter groups; every rank calls.
+
+    DeepSpeed's own sums one group after the other, and waits for ever for a stage that has fewer groups: one without
+    biases and norms, such as the output projection alone.
+    """
+    groups = range(len(zero.bit16_groups))
+    gradients = [gradient for group in groups for gradient in zero.averaged_gradients[group]]
+    return zero.get_grad_norm_direct(gradients, [held for group in groups for held in zero.params_in_partition[group]])
 
 
 class Engine:
@@ -105,12 +117,13 @@ class Engine:
         """Make the optimizer, and hand it and the model to DeepSpeed."""
         specs = {name: held.spec for name, held in self.built.held.items()}
         self.optimizer = build_optimizer(config.optimizer, self.built.named, specs)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.built.module,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, self.dims),
-            mpu=self._mpu,
-        )
+        with without_compiler():
+            self.engine, *_ = deepspeed.initialize(
+                model=self.built.module,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, self.dims),
+                mpu=self._mpu,
+            )
         if isinstance(self.engine.optimizer, BF16_Optimizer):
             # DeepSpeed would copy all fp32 gradients into one bucket and back; each by itself is reduced in place.
             reduce = self.engine.buffered_allreduce_fallback
@@ -118,6 +131,8 @@ class Engine:
             if self.dims.replicas == 1:  # nothing to reduce, which DeepSpeed would do all the same
                 self.engine.enable_backward_allreduce = False
                 self.engine.pipeline_enable_backward_allreduce = False
+        if self.pipelined and isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer):
+            self.engine.optimizer.scaled_global_norm = partial(norm_of_all_groups, self.engine.optimizer)
         self.group_settings = [
             {key: value for key, value in group.items() if isinstance(value, int | float) and key != "lr"}
             for group in self.optimizer.param_groups

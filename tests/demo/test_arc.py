@@ -16,6 +16,9 @@ from megakor.demo.arc import MARKER, Arc, resume_figures, training_figures
 from megakor.demo.commands import StageError, override, run, run_and_kill
 from megakor.train.metrics import METRICS
 
+MOST_SECONDS = 60
+"""Of the arc at its small size, on two cores."""
+
 SUMMARY_KEYS = {
     "seconds", "tokens_per_second", "mfu", "first_loss", "last_loss", "bits_per_byte", "order0_bits_per_byte",
     "unigram_bits_per_byte", "instruct_first_loss", "instruct_last_loss", "resume_bitwise_equal",
@@ -23,7 +26,7 @@ SUMMARY_KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_whole_arc_at_a_small_size(tmp_path: Path) -> None:
     """Two pipeline stages on our own text files; the README's commands run the data-parallel layout."""
     texts = tmp_path / "말뭉치"
@@ -40,6 +43,7 @@ def test_the_whole_arc_at_a_small_size(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary.keys() >= SUMMARY_KEYS
+    assert summary["seconds"]["total"] <= MOST_SECONDS
     assert summary["resume_bitwise_equal"] is True
     assert summary["steps_compared"] >= 1
     assert summary["resumed_from_step"] == 5 < summary["killed_at_step"] < 10
