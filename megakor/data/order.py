@@ -1,70 +1,126 @@
-"""The order of samples: a pure function of (order version, seed, number of samples, position).
+"""The order of a source's samples: a pure function of (order version, seed, source, position), entered anywhere.
 
-Position p of the endless stream belongs to epoch p // num_samples, and every epoch is a permutation of all samples.
-The permutation is computed, not stored: a Feistel network keyed by (order version, seed, epoch) is a bijection on the
-next power of four, and walking its cycles until the value falls below num_samples makes it one on the samples
-(Black & Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Any position is entered in O(1).
+Position p of the endless stream belongs to epoch p // num_samples; every epoch has every sample once.
+
+    shards, permuted for the epoch and laid end to end:   s5 s0 s7 | s1 s3 s6 | s4 s2      one line of samples
+    cut into canonical streams of equal length:           stream 0 | stream 1 | stream 2
+    each stream cut into windows, samples permuted within a window
+    position p of the epoch:                               the (p // streams)-th of stream p mod streams
+
+A node that takes whole streams of a batch thus reads its own shards alone, a window's at a time, and another number of
+nodes takes other streams of the same batch. Only a shard that lies across the border of two streams is read by both.
+What is held is one number for each shard; no permutation of samples is.
 
 These numbers are part of every checkpoint's meaning: they may change only together with ORDER_VERSION.
 """
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-ORDER_VERSION = 1
-NUM_ROUNDS = 8
-MAX_SAMPLES = 2**62
+from megakor.data.permutation import MAX_SIZE, child_keys, permutation, permute, root_keys, unpermute
+
+ORDER_VERSION = 2
 
 
-def sample_ids(seed: int, num_samples: int, start: int, count: int) -> np.ndarray:
-    """The samples at positions start … start + count - 1 of the endless stream: int64 [count].
+@dataclass(frozen=True)
+class Places:
+    """Where samples are; all int64 [n].
 
-    Each is in 0 … num_samples - 1. Costs O(count) time and memory, whatever num_samples and start are.
+    Attributes:
+        epochs: how often the source had been read through before.
+        shards: number of the shard in the source's manifest.
+        samples: number of the sample in its shard.
+        streams: canonical stream.
     """
-    if not 1 <= num_samples <= MAX_SAMPLES:
-        raise ValueError(f"num_samples={num_samples} must be in 1 … {MAX_SAMPLES}")
-    if start < 0 or count < 0:
-        raise ValueError(f"start={start} and count={count} must not be negative")
-    first_epoch, first = divmod(start, num_samples)
-    positions = np.arange(first, first + count, dtype=np.uint64)
-    epochs, positions = np.divmod(positions, np.uint64(num_samples))
-    num_epochs = int(epochs[-1]) + 1 if count else 0
-    keys = [_round_keys(seed, first_epoch + epoch) for epoch in range(num_epochs)]
-    return _permute(positions, num_samples, np.array(keys, dtype=np.uint64), epochs.astype(np.intp)).astype(np.int64)
+
+    epochs: np.ndarray
+    shards: np.ndarray
+    samples: np.ndarray
+    streams: np.ndarray
 
 
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    digest = hashlib.sha512(f"megakor order {ORDER_VERSION} seed {seed} epoch {epoch}".encode()).digest()
-    return np.frombuffer(digest, dtype="<u8")  # [NUM_ROUNDS]
+class SourceOrder:
+    """The order of one source.
 
-
-def _permute(values: np.ndarray, num_samples: int, keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """A bijection on 0 … num_samples - 1 by cycle walking; the domain is below 4 × num_samples, so walks are short.
-
-    `keys` [epochs, NUM_ROUNDS]; `epochs` [values] says which row is a value's own.
+    Args:
+        samples_of_shards: [num_shards].
+        seed: of the run.
+        name: of the source: sources of one run are shuffled differently.
+        num_streams: canonical streams, at most; numbers of nodes that divide it share the reading evenly.
+        window: samples that are shuffled among each other, about.
     """
-    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
-    outside = np.arange(len(values))
-    while len(outside):
-        values[outside] = _feistel(values[outside], half_bits, keys, epochs[outside])
-        outside = outside[values[outside] >= num_samples]
-    return values
 
+    def __init__(
+        self, samples_of_shards: np.ndarray, *, seed: int, name: str = "", num_streams: int = 1, window: int = 1 << 16
+    ) -> None:
+        self.samples_of_shards = np.asarray(samples_of_shards, dtype=np.int64)
+        self.num_samples = int(self.samples_of_shards.sum())
+        if not 1 <= self.num_samples <= MAX_SIZE:
+            raise ValueError(f"num_samples={self.num_samples} must be in 1 … {MAX_SIZE}")
+        for key, value in {"num_streams": num_streams, "window": window}.items():
+            if value < 1:
+                raise ValueError(f"{key}={value} must be at least 1")
+        self.num_streams, self.window = min(num_streams, self.num_samples), window
+        self._identity = f"megakor order {ORDER_VERSION} seed {seed} source {name}"
+        self._keys = root_keys(f"{self._identity} samples")
+        self._line = lru_cache(maxsize=4)(self._line_of_epoch)
 
-def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """A bijection on 0 … 4^half_bits - 1."""
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> shift, values & mask
-    for number in range(NUM_ROUNDS):
-        left, right = right, left ^ (_mix(right ^ keys[epochs, number]) & mask)
-    return (left << shift) | right
+    def at(self, positions: np.ndarray) -> Places:
+        """The samples at positions of the endless stream, int64 [n], each at least 0."""
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
+        numbers, streams = np.divmod(places, self.num_streams)
+        first, sizes, keys = self._windows(epochs, streams, numbers)
+        lines = self._starts(streams) + first + permute(numbers - first, sizes, keys)
+        shards, samples = np.empty_like(lines), np.empty_like(lines)
+        for epoch in np.unique(epochs):
+            shuffled, starts = self._line(int(epoch))
+            here = epochs == epoch
+            slots = np.searchsorted(starts, lines[here], side="right") - 1
+            shards[here], samples[here] = shuffled[slots], lines[here] - starts[slots]
+        return Places(epochs, shards, samples, streams)
 
+    def positions(self, epochs: np.ndarray, shards: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """Where samples come in the endless stream: the inverse of `at`, int64 [n]."""
+        lines = np.empty(len(shards), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            shuffled, starts = self._line(int(epoch))
+            here = epochs == epoch
+            lines[here] = starts[np.argsort(shuffled)[shards[here]]] + samples[here]
+        shortest, longer = divmod(self.num_samples, self.num_streams)
+        border = longer * (shortest + 1)  # the first streams have one sample more
+        in_longer = lines < border
+        streams = np.where(in_longer, lines // (shortest + 1), longer + (lines - border) // shortest)
+        numbers = lines - self._starts(streams)
+        first, sizes, keys = self._windows(epochs, streams, numbers)
+        numbers = first + unpermute(numbers - first, sizes, keys)
+        return epochs * self.num_samples + numbers * self.num_streams + streams
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Stafford's mix 13): every input bit moves every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    def _starts(self, streams: np.ndarray) -> np.ndarray:
+        """The first sample of each stream on the line."""
+        shortest, longer = divmod(self.num_samples, self.num_streams)
+        return streams * shortest + np.minimum(streams, longer)
+
+    def _windows(
+        self, epochs: np.ndarray, streams: np.ndarray, numbers: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the window that each sample of a stream is in: its first sample in the stream, its size and its keys.
+
+        Windows of a stream differ by one sample at most: the w-th of k begins at w × length // k.
+        """
+        shortest, longer = divmod(self.num_samples, self.num_streams)
+        lengths = shortest + (streams < longer)
+        num_windows = np.maximum(1, (lengths + self.window // 2) // self.window)
+        windows = ((numbers + 1) * num_windows - 1) // lengths
+        first = windows * lengths // num_windows
+        sizes = (windows + 1) * lengths // num_windows - first
+        return first, sizes, child_keys(self._keys[None], epochs, streams, windows)
+
+    def _line_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the epoch's order, and the first sample of each on its line."""
+        shuffled = permutation(len(self.samples_of_shards), root_keys(f"{self._identity} shards of epoch {epoch}"))
+        counts = self.samples_of_shards[shuffled]
+        return shuffled, np.cumsum(counts) - counts
