@@ -1,6 +1,6 @@
 """Text becomes shards: one reader, several tokenising processes, one writer, the same bytes for any number of them.
 
-    read_documents ─► chunks ─► tokenise (processes) ─► shard-00000.{bin,idx,json} … ─► manifest.json
+    read_documents ─► chunks ─► tokenise (processes) ─► shard-00000.{bin,idx,documents.parquet,json} … ─► manifest.json
 
 Results are taken in the reader's order, so the documents of a shard depend on the text, the tokenizer and `shard_size`
 alone. A shard is closed at the first document that brings it to `shard_size` tokens, and `shard-NNNNN.json`, its
@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,23 +29,23 @@ import numpy as np
 from megakor.config.schema import ShardConfig
 from megakor.corpus.reader import Document, ReadCounts, read_documents
 from megakor.corpus.text import normalize
-from megakor.data.indexed import IndexedWriter, dtype_for
+from megakor.data.indexed import dtype_for
 from megakor.data.manifest import (
     MANIFEST_NAME,
+    TABLE_NAME,
+    LocalFolder,
     Manifest,
-    ShardEntry,
     check_shard,
     load_manifest,
-    shard_entry,
-    write_json,
     write_manifest,
 )
+from megakor.data.shard_writer import OpenShard, Origin, TokenisedChunk, record_path
+from megakor.data.shards import ShardEntry, Shards, shard_entry
 from megakor.logs import Progress, get_logger, progress
 
 CHUNK_CHARACTERS = 1 << 17  # text sent to a process at a time: large enough to hide its cost, small enough to share out
 CHUNK_DOCUMENTS = 1024
 CHUNKS_PER_WORKER = 4  # chunks on their way; with the sizes above this bounds the memory
-MAX_SOURCES = 100  # names kept in a shard's entry; a source may be as fine as an address of each document
 
 logger = get_logger(__name__)
 
@@ -65,17 +65,6 @@ class TokenizerLike(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-@dataclass(frozen=True)
-class TokenisedChunk:
-    """Several documents' tokens laid end to end, each closed by the end-of-document token."""
-
-    tokens: np.ndarray  # [sum of lengths], of the shards' type
-    lengths: list[int]  # tokens of each document
-    num_bytes: list[int]  # UTF-8 bytes of each document's normal form
-    num_replaced: list[int]  # characters U+2581 in each document
-    digests: list[bytes]  # SHA-256 of each document's text as read
-
-
 def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
     """Tokenise `config.inputs` into shards under `config.out`, or finish what an earlier run began there.
 
@@ -87,10 +76,12 @@ def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
     dtype = dtype_for(tokenizer.vocab_size)
     if dtype.itemsize > 2:
         logger.info("vocab_size=%d is past 65,536: tokens are written as %s", tokenizer.vocab_size, dtype)
-    empty = Manifest(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, dtype.name, config.shard_size)
+    empty = Manifest(
+        tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id, dtype.name, config.shard_size, Shards.of([])
+    )
     out = Path(config.out)
     finished = _finished_shards(out, empty)
-    damaged = _record_path(out, len(finished)).exists()
+    damaged = record_path(out, len(finished)).exists()
     built = (out / MANIFEST_NAME).is_file() and not damaged
 
     counts = ReadCounts()
@@ -101,18 +92,19 @@ def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
     following = next(documents, None)
     if following is None and finished and built:
         logger.info("%s: already built, %d shards are as these inputs make them", out, len(finished))
-        return load_manifest(out)
+        return load_manifest(LocalFolder(out))
     if following is not None and finished and (built or finished[-1].num_tokens < config.shard_size):
         raise ValueError(f"out={out} holds the shards of other inputs, which end earlier; remove it or name another")
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST_NAME).unlink(missing_ok=True)  # not whole until a damaged shard is made again
+    for name in (MANIFEST_NAME, TABLE_NAME):  # not whole until a damaged shard is made again
+        (out / name).unlink(missing_ok=True)
     if finished:
         logger.info("%s: %d finished shards are kept", out, len(finished))
     shards = list(finished)
     if following is not None:
         shards += _write_shards(itertools.chain([following], documents), config, tokenizer, empty, len(finished))
-    manifest = Manifest(**{**vars(empty), "shards": shards})
+    manifest = replace(empty, shards=Shards.of(shards))
     write_manifest(out, manifest)
     logger.info(
         "%s: %d shards, %d documents, %d tokens from %d bytes of text; left out: %d empty documents, %d bad records; "
@@ -124,7 +116,7 @@ def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
         manifest.num_text_bytes,
         counts.empty,
         counts.skipped,
-        sum(shard.num_replaced for shard in shards),
+        manifest.shards.total("num_replaced"),
     )
     return manifest
 
@@ -132,37 +124,29 @@ def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
 # ------------------------------------------------------------------------------------------------- what is there
 
 
-def _record_path(out: Path, index: int) -> Path:
-    return out / f"shard-{index:05d}.json"
-
-
-def _job(manifest: Manifest) -> dict[str, object]:
-    """What must be equal for a finished shard to belong to this run."""
-    return {name: value for name, value in vars(manifest).items() if name != "shards"}
-
-
 def _finished_shards(out: Path, empty: Manifest) -> list[ShardEntry]:
     """The entries of the shards that are whole, from the first up to the first that is not."""
     finished: list[ShardEntry] = []
-    while (path := _record_path(out, len(finished))).is_file():
+    sizes = LocalFolder(out).sizes() if out.is_dir() else {}
+    while (path := record_path(out, len(finished))).is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             job, entry = record["job"], shard_entry(record["shard"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: is no record of a shard: {error!r}") from error
-        for name, value in _job(empty).items():
+        for name, value in empty.job().items():
             if job.get(name) != value:
                 raise ValueError(
                     f"out={out} holds shards with {name}={job.get(name)}, must be {value} to go on; "
                     "remove it or name another"
                 )
         try:
-            check_shard(out, entry, empty.dtype)
+            check_shard(str(out), entry, sizes)
         except ValueError as error:
             logger.warning("%s; it is made again", error)
             break
         finished.append(entry)
-    if not finished and (out / MANIFEST_NAME).exists() and not _record_path(out, 0).exists():
+    if not finished and (out / MANIFEST_NAME).exists() and not record_path(out, 0).exists():
         raise ValueError(f"out={out} holds a {MANIFEST_NAME} of other origin; name another folder")
     return finished
 
@@ -186,17 +170,17 @@ def _write_shards(
 ) -> list[ShardEntry]:
     """Tokenise in processes, write shards `first` and up; their entries. Holds one open shard and a few chunks."""
     entries: list[ShardEntry] = []
-    shard: _OpenShard | None = None
+    shard: OpenShard | None = None
     tokenised = _tokenise(documents, tokenizer, empty.dtype, config.num_workers)
     try:
         bar: Progress[None]
         with progress(unit="tokens", description="shard") as bar:
-            for sources, chunk in tokenised:
+            for origins, chunk in tokenised:
                 start = 0
-                for document, source in enumerate(sources):
-                    shard = shard or _OpenShard(Path(config.out), first + len(entries), empty)
+                for document, origin in enumerate(origins):
+                    shard = shard or OpenShard(Path(config.out), first + len(entries), empty)
                     end = start + chunk.lengths[document]
-                    shard.add(chunk, document, chunk.tokens[start:end], source)
+                    shard.add(chunk, document, chunk.tokens[start:end], origin)
                     if shard.writer.num_tokens >= config.shard_size:
                         entries.append(shard.close())
                         shard = None
@@ -210,44 +194,6 @@ def _write_shards(
         if shard is not None:
             shard.writer.abort()
     return entries
-
-
-class _OpenShard:
-    """The shard being written."""
-
-    def __init__(self, out: Path, index: int, empty: Manifest) -> None:
-        self.record = _record_path(out, index)
-        self.job = _job(empty)
-        self.writer = IndexedWriter(self.record.with_suffix(""), np.dtype(empty.dtype))
-        self.num_bytes = 0
-        self.num_replaced = 0
-        self.digest = hashlib.sha256()
-        self.sources: dict[str, None] = {}  # an ordered set
-
-    def add(self, chunk: TokenisedChunk, document: int, tokens: np.ndarray, source: str) -> None:
-        """Append the chunk's document with that index, whose tokens these are."""
-        self.writer.add_document(tokens)
-        self.num_bytes += chunk.num_bytes[document]
-        self.num_replaced += chunk.num_replaced[document]
-        self.digest.update(chunk.digests[document])
-        if len(self.sources) < MAX_SOURCES:
-            self.sources[source] = None
-
-    def close(self) -> ShardEntry:
-        """Files first, then the record: a shard with a record is whole."""
-        self.record.unlink(missing_ok=True)
-        entry = ShardEntry(
-            prefix=self.record.stem,
-            num_tokens=self.writer.num_tokens,
-            num_documents=self.writer.num_documents,
-            num_bytes=self.num_bytes,
-            num_replaced=self.num_replaced,
-            text_sha256=self.digest.hexdigest(),
-            files=self.writer.close(),
-            sources=sorted(self.sources),
-        )
-        write_json(self.record, {"job": self.job, "shard": asdict(entry)})
-        return entry
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -265,21 +211,24 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _tokenise(
     documents: Iterable[Document], tokenizer: TokenizerLike, dtype: str, num_workers: int
-) -> Generator[tuple[list[str], TokenisedChunk], None, None]:
-    """Each chunk's sources and tokens, in the reader's order, with a bounded number of chunks on their way."""
+) -> Generator[tuple[list[Origin], TokenisedChunk], None, None]:
+    """Where each chunk's documents are from, and their tokens, in the reader's order.
+
+    A bounded number of chunks is on its way.
+    """
     spawn = multiprocessing.get_context("spawn")  # fork would copy the threads' locks of whoever calls
     pool = ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_start_worker, initargs=(tokenizer, dtype))
-    pending: deque[tuple[list[str], Future[TokenisedChunk]]] = deque()
+    pending: deque[tuple[list[Origin], Future[TokenisedChunk]]] = deque()
     try:
         for chunk in _chunks(documents):
-            sources, texts = [document.source for document in chunk], [document.text for document in chunk]
-            pending.append((sources, pool.submit(_tokenise_chunk, texts)))
+            origins = [Origin(document.id, document.source) for document in chunk]
+            pending.append((origins, pool.submit(_tokenise_chunk, [document.text for document in chunk])))
             if len(pending) >= CHUNKS_PER_WORKER * num_workers:
-                sources, future = pending.popleft()
-                yield sources, future.result()
+                origins, future = pending.popleft()
+                yield origins, future.result()
         while pending:
-            sources, future = pending.popleft()
-            yield sources, future.result()
+            origins, future = pending.popleft()
+            yield origins, future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
             f"num_workers={num_workers}: a tokenising process died (out of memory?); "

@@ -1,74 +1,96 @@
 """The manifest makes a folder of shards one data set: what is in it, which tokenizer made it, and how to check it.
 
-`manifest.json` is written last, so a folder that has one is whole. `load_manifest` compares the sizes of all files,
-which is cheap and finds truncation; `verify_manifest` reads everything and compares SHA-256.
+`manifest.json` says what all shards share, their totals, and the SHA-256 of `shards.parquet`, which has their entries.
+It is written last, so a folder that has one is whole. Loading it costs the same few reads for any number of shards;
+`check_files` compares the sizes of all files by one listing, `verify_manifest` reads everything and compares SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from megakor.data.indexed import FileRecord
+from megakor.data.shards import COUNTS, ShardEntry, Shards
 from megakor.files import atomic_write, sha256_of
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
+TABLE_NAME = "shards.parquet"
+MANIFEST_VERSION = 2
+
+
+class Folder(Protocol):
+    """Where a manifest and its shards are."""
+
+    @property
+    def url(self) -> str: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def sizes(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """One shard. Counts of text are of its normal form, which the tokenizer sees."""
+class LocalFolder:
+    """A folder of this machine."""
 
-    prefix: str  # of its files, relative to the manifest's folder
-    num_tokens: int  # end-of-document tokens included
-    num_documents: int
-    num_bytes: int  # UTF-8 bytes of the text
-    num_replaced: int  # characters U+2581 that the normal form replaced
-    text_sha256: str  # of the SHA-256 of each document's text as it was read, in order
-    files: dict[str, FileRecord]
-    sources: list[str]  # of its documents; the first hundred
+    path: Path
+
+    @property
+    def url(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def sizes(self) -> dict[str, int]:
+        files = (path for path in self.path.rglob("*") if path.is_file())
+        return {path.relative_to(self.path).as_posix(): path.stat().st_size for path in files}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards of a folder, in the stream's order, and the tokenizer that made them."""
+    """All shards of a folder, in their order, and the tokenizer that made them."""
 
     tokenizer_fingerprint: str
     vocab_size: int
     eod_id: int
     dtype: str
     shard_size: int
-    shards: list[ShardEntry] = field(default_factory=list)
+    shards: Shards
     version: int = MANIFEST_VERSION
 
     @property
     def num_tokens(self) -> int:
-        return sum(shard.num_tokens for shard in self.shards)
+        return self.shards.total("num_tokens")
 
     @property
     def num_documents(self) -> int:
-        return sum(shard.num_documents for shard in self.shards)
+        return self.shards.total("num_documents")
 
     @property
     def num_text_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shards)
+        return self.shards.total("num_bytes")
 
     @property
     def sources(self) -> list[str]:
-        return sorted({source for shard in self.shards for source in shard.sources})
+        return self.shards.sources
+
+    def job(self) -> dict[str, Any]:
+        """What all shards share."""
+        return {name: value for name, value in vars(self).items() if name != "shards"}
 
     def fingerprint(self) -> str:
         """SHA-256 over what a run's batches depend on: tokenizer, type and the tokens themselves, in their order."""
         identity = [self.version, self.tokenizer_fingerprint, self.vocab_size, self.eod_id, self.dtype]
-        tokens = [[shard.num_tokens, shard.files[_bin_name(shard.prefix)].sha256] for shard in self.shards]
-        return hashlib.sha256(json.dumps([identity, tokens], separators=(",", ":")).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(identity, separators=(",", ":")).encode())
+        digest.update(self.shards.num_tokens.astype("<i8").tobytes())
+        digest.update(b"".join(self.shards.digests()))
+        return digest.hexdigest()
 
     def check_tokenizer(self, fingerprint: str, key: str) -> None:
         """ValueError, naming the configuration key, unless the tokenizer with this fingerprint made the shards."""
@@ -78,91 +100,89 @@ class Manifest:
                 f"shards, {self.tokenizer_fingerprint[:12]}…"
             )
 
-    def as_dict(self) -> dict[str, Any]:
-        totals = {name: getattr(self, name) for name in ("num_tokens", "num_documents", "num_text_bytes", "sources")}
-        return {**asdict(self), **totals}
-
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_json(folder / MANIFEST_NAME, manifest.as_dict())
+    """Write the table, then the manifest that names it."""
+    table = manifest.shards.to_bytes()
+    with atomic_write(folder / TABLE_NAME) as stream:
+        stream.write(table)
+    totals = {name: manifest.shards.total(name) for name in COUNTS}
+    shards = {
+        "file": TABLE_NAME,
+        "sha256": hashlib.sha256(table).hexdigest(),
+        "num_shards": len(manifest.shards),
+        **totals,
+        "sources": manifest.sources,
+    }
+    write_json(folder / MANIFEST_NAME, {**manifest.job(), "shards": shards})
 
 
-def load_manifest(folder: str | Path) -> Manifest:
-    """Read a folder's manifest and compare the sizes of its files.
+def load_manifest(folder: Folder) -> Manifest:
+    """Read a folder's manifest and the table of its shards.
 
-    FileNotFoundError when the folder holds no manifest; ValueError naming file, value and rule when the manifest is
-    malformed, names a file outside its folder, or when a shard is missing or has another size.
+    FileNotFoundError when the folder holds no manifest; ValueError naming file, value and rule when it is malformed,
+    does not belong to its table, or names a file outside its folder.
     """
-    folder = Path(folder)
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; `megakor shard out={folder}` writes it once all shards are whole")
+    path = f"{folder.url}/{MANIFEST_NAME}"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = folder.read(MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: not there; `megakor shard out={folder.url}` writes it once all shards are whole"
+        ) from error
+    try:
+        raw = json.loads(content)
         if raw["version"] != MANIFEST_VERSION:
-            raise ValueError(f"version={raw['version']!r} must be {MANIFEST_VERSION}")
+            raise ValueError(f"version={raw['version']!r} must be {MANIFEST_VERSION}; `megakor shard` makes it anew")
+        table = folder.read(TABLE_NAME)
+        found, expected = hashlib.sha256(table).hexdigest(), raw["shards"]["sha256"]
+        if found != expected:
+            raise ValueError(f"{TABLE_NAME}: sha256={found} must be {expected}: changed")
         manifest = Manifest(
             tokenizer_fingerprint=str(raw["tokenizer_fingerprint"]),
             vocab_size=int(raw["vocab_size"]),
             eod_id=int(raw["eod_id"]),
             dtype=np.dtype(raw["dtype"]).name,
             shard_size=int(raw["shard_size"]),
-            shards=[shard_entry(shard) for shard in raw["shards"]],
+            shards=Shards.from_bytes(table),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: is no manifest of shards: {error!r}") from error
-    for shard in manifest.shards:
-        check_shard(folder, shard, manifest.dtype)
+        _check_token_counts(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: is no manifest of shards with its {TABLE_NAME}: {error!r}") from error
     return manifest
 
 
-def verify_manifest(folder: str | Path) -> Manifest:
-    """As `load_manifest`, and compare every file's SHA-256 with what was written."""
-    manifest = load_manifest(folder)
+def check_files(folder: Folder, manifest: Manifest) -> None:
+    """ValueError unless every shard's files are there in the size that the manifest says; one listing."""
+    sizes = folder.sizes()
+    for shard in manifest.shards:
+        check_shard(folder.url, shard, sizes)
+
+
+def verify_manifest(folder: Path) -> Manifest:
+    """As `load_manifest` and `check_files`, and compare every file's SHA-256 with what was written."""
+    local = LocalFolder(folder)
+    manifest = load_manifest(local)
+    check_files(local, manifest)
     for shard in manifest.shards:
         for name, record in shard.files.items():
-            path = Path(folder) / name
-            actual = sha256_of(path)
+            actual = sha256_of(folder / name)
             if actual != record.sha256:
-                raise ValueError(f"{path}: sha256={actual} must be {record.sha256}, as the manifest says: changed")
+                raise ValueError(
+                    f"{folder / name}: sha256={actual} must be {record.sha256}, as the manifest says: changed"
+                )
     return manifest
 
 
-def shard_entry(raw: Mapping[str, Any]) -> ShardEntry:
-    """A shard's entry from its JSON; ValueError when it names a file outside its folder."""
-    files = {str(name): FileRecord(int(file["size"]), str(file["sha256"])) for name, file in raw["files"].items()}
-    prefix = str(raw["prefix"])
-    for name in (prefix, *files):
-        inside = PurePosixPath(name)
-        if inside.is_absolute() or ".." in inside.parts or not inside.name:
-            raise ValueError(f"name={name!r} must stay inside the manifest's folder")
-    if _bin_name(prefix) not in files or f"{prefix}.idx" not in files:
-        raise ValueError(f"shard {prefix!r} must list its .bin and .idx")
-    return ShardEntry(
-        prefix=prefix,
-        num_tokens=int(raw["num_tokens"]),
-        num_documents=int(raw["num_documents"]),
-        num_bytes=int(raw["num_bytes"]),
-        num_replaced=int(raw["num_replaced"]),
-        text_sha256=str(raw["text_sha256"]),
-        files=files,
-        sources=[str(source) for source in raw["sources"]],
-    )
-
-
-def check_shard(folder: Path, shard: ShardEntry, dtype: str) -> None:
-    """ValueError unless the shard's files are there with the sizes that its entry and its token count demand."""
+def check_shard(folder: str, shard: ShardEntry, sizes: dict[str, int]) -> None:
+    """ValueError unless the shard's files are among those of a folder, by their sizes in bytes."""
     for name, record in shard.files.items():
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        size = sizes.get(name)
         if size != record.size:
             found = "missing" if size is None else f"size={size}"
             raise ValueError(
-                f"{path}: {found}, must be {record.size} bytes, as the manifest says: truncated or changed"
+                f"{folder}/{name}: {found}, must be {record.size} bytes, as the manifest says: truncated or changed"
             )
-    size, expected = shard.files[_bin_name(shard.prefix)].size, shard.num_tokens * np.dtype(dtype).itemsize
-    if size != expected:
-        raise ValueError(f"{folder / shard.prefix}.bin: size={size} must be {expected} for {shard.num_tokens} tokens")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -171,5 +191,11 @@ def write_json(path: Path, value: Any) -> None:
         stream.write((json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
 
 
-def _bin_name(prefix: str) -> str:
-    return f"{prefix}.bin"
+def _check_token_counts(manifest: Manifest) -> None:
+    size, expected = manifest.shards.bin_sizes, manifest.shards.num_tokens * np.dtype(manifest.dtype).itemsize
+    wrong = np.flatnonzero(size != expected)
+    if len(wrong):
+        shard = manifest.shards[int(wrong[0])]
+        raise ValueError(
+            f"{shard.prefix}.bin: size={size[wrong[0]]} must be {expected[wrong[0]]} for {shard.num_tokens} tokens"
+        )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_any_cut_gives_the_same_turns(drawn: list[int], start: int, counts: list
     mixture = Mixture(shares(len(drawn)), {0: drawn}, 7)
     whole = np.stack(mixture.at(np.arange(start, start + sum(counts))))
     cuts = np.cumsum([start, *counts])
-    parts = [np.stack(mixture.at(np.arange(a, b))) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [np.stack(mixture.at(np.arange(a, b))) for a, b in itertools.pairwise(cuts)]
     assert np.array_equal(whole, np.concatenate([np.empty((2, 0), int), *parts], axis=1))
 
 

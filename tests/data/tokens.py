@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megakor.config.schema import ShardConfig
 from megakor.data.indexed import FileRecord, IndexedWriter
-from megakor.data.manifest import Manifest, ShardEntry, write_manifest
+from megakor.data.manifest import Manifest, write_manifest
+from megakor.data.shards import ShardEntry, Shards
 
 
 @dataclass
@@ -42,6 +43,6 @@ def write_shards(folder: Path, shards: list[list[list[int]]], eod_id: int = 0) -
         files: dict[str, FileRecord] = writer.close()
         entry = ShardEntry(f"shard-{number:05d}", writer.num_tokens, len(documents), 10, 0, "", files, ["test"])
         entries.append(entry)
-    manifest = Manifest("fingerprint", 60_000, eod_id, "uint16", 1000, entries)
+    manifest = Manifest("fingerprint", 60_000, eod_id, "uint16", 1000, Shards.of(entries))
     write_manifest(folder, manifest)
     return manifest
