@@ -1,27 +1,27 @@
 """Several sources as one stream: which source each position comes from, and which of the source's positions it is.
 
-The stream is a row of blocks. Before position x, source i has been drawn from
-
-    quota(w_0 + … + w_i, x) - quota(w_0 + … + w_{i-1}, x)        times, quota(w, x) = the whole number nearest to w × x
-
-so its share is exact to one sample at every block's border, whatever the weights, and any block is entered without
-those before it. Within a block the order of sources is a permutation keyed by the block. Weights change at the first
-border at or after a stated position, and when a source has been read as often as it may be; every such border begins a
-phase, and a phase counts on from where the one before has left each source.
+The stream is a row of blocks. Before a block at position x, a source of weight w has been drawn from floor(w × x)
+times, and the one with the largest weight as often as is left: shares are exact to one sample for each source at every
+block's border, and any block is entered without those before it. Within a block the order of sources is a permutation
+keyed by the block. Weights change at the first border at or after a stated position, and when a source has been read
+as often as it may be; every such border begins a phase, and a phase counts on from where the one before has left each
+source.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
 from megakor.data.permutation import child_keys, permute, root_keys
 
-BLOCK = 1024
+SMALLEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,10 @@ class Phase:
 
     def quotas(self, position: int) -> list[int]:
         """How often each source has been drawn from before `position` of the stream."""
-        length, total, before, found = position - self.start, Fraction(0), 0, []
-        for weight, drawn in zip(self.weights, self.drawn, strict=True):
-            total += weight
-            upto = _nearest(total * length)
-            found.append(drawn + upto - before)
-            before = upto
-        return found
-
-
-def _nearest(value: Fraction) -> int:
-    return (2 * value.numerator + value.denominator) // (2 * value.denominator)
+        length = position - self.start
+        found = [math.floor(weight * length) for weight in self.weights]
+        found[self.weights.index(max(self.weights))] += length - sum(found)
+        return [drawn + count for drawn, count in zip(self.drawn, found, strict=True)]
 
 
 class Mixture:
@@ -77,15 +70,35 @@ class Mixture:
 
     Args:
         sources: what is mixed.
-        curriculum: weights by the position from which they hold; the first at 0. Every weight that is not 0 must be at
-            least 2 / `BLOCK` of the sum.
+        curriculum: weights by the position from which they hold; the first at 0.
         seed: of the run.
+
+    Attributes:
+        block: positions of a block; more for more sources.
+
+    Raises:
+        ValueError: weights that are negative or all 0.
     """
 
     def __init__(self, sources: Sequence[Share], curriculum: dict[int, Sequence[float | Fraction]], seed: int) -> None:
         self.sources = tuple(sources)
+        # The largest weight is at least 1 / n, and must have room in a block for the rounding of n - 1 others.
+        self.block = max(SMALLEST_BLOCK, 1 << (2 * len(self.sources) ** 2 - 1).bit_length())
         self._keys = root_keys(f"megakor mixture seed {seed}")
         self.phases = self._phases({start: self._shares(weights) for start, weights in sorted(curriculum.items())})
+
+    def state(self, before: int | None = None) -> list[list[Any]]:
+        """What the order of sources before a position depends on: each phase's first position and its shares.
+
+        Args:
+            before: None: all of it.
+        """
+        names = [share.name for share in self.sources]
+        return [
+            [phase.start, dict(zip(names, map(str, phase.weights), strict=True))]
+            for phase in self.phases
+            if before is None or phase.start < max(before, 1)
+        ]
 
     @property
     def end(self) -> int | None:
@@ -98,10 +111,10 @@ class Mixture:
         if self.end is not None and len(positions) and positions.max() >= self.end:
             raise ValueError(f"position {positions.max()} must be below {self.end}, where all sources have been read")
         chosen, places = np.empty_like(positions), np.empty_like(positions)
-        for block in np.unique(positions // BLOCK):
-            here = positions // BLOCK == block
+        for block in np.unique(positions // self.block):
+            here = positions // self.block == block
             sources, numbers = self._block(int(block))
-            chosen[here], places[here] = sources[positions[here] % BLOCK], numbers[positions[here] % BLOCK]
+            chosen[here], places[here] = sources[positions[here] % self.block], numbers[positions[here] % self.block]
         return chosen, places
 
     def positions(self, source: int, numbers: np.ndarray) -> np.ndarray:
@@ -115,25 +128,25 @@ class Mixture:
             return -1
         block = (
             bisect.bisect_right(
-                range(2**62), number, key=lambda block: phase.quotas(phase.start + block * BLOCK)[source]
+                range(2**62), number, key=lambda block: phase.quotas(phase.start + block * self.block)[source]
             )
             - 1
-            + phase.start // BLOCK
+            + phase.start // self.block
         )
-        if following and block * BLOCK >= following[0].start:
+        if following and block * self.block >= following[0].start:
             return -1
         sources, numbers = self._block(block)
-        return block * BLOCK + int(np.flatnonzero((sources == source) & (numbers == number))[0])
+        return block * self.block + int(np.flatnonzero((sources == source) & (numbers == number))[0])
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sources of a block's positions and the positions in them: int64 [BLOCK] each."""
-        start = block * BLOCK
+        """The sources of a block's positions and the positions in them: int64 [self.block] each."""
+        start = block * self.block
         phase = next(phase for phase in reversed(self.phases) if phase.start <= start)
-        before, after = phase.quotas(start), phase.quotas(start + BLOCK)
+        before, after = phase.quotas(start), phase.quotas(start + self.block)
         counts = [stop - first for first, stop in zip(before, after, strict=True)]
         sources = np.repeat(np.arange(len(counts)), counts)
         numbers = np.concatenate([np.arange(first, stop) for first, stop in zip(before, after, strict=True)])
-        turns = permute(np.arange(BLOCK), np.array(BLOCK), child_keys(self._keys[None], np.array([block])))
+        turns = permute(np.arange(self.block), np.array(self.block), child_keys(self._keys[None], np.array([block])))
         # A source's samples keep their order: what is permuted is whose turn it is.
         order = np.argsort(sources[turns], kind="stable")
         mixed = np.empty_like(numbers)
@@ -150,7 +163,7 @@ class Mixture:
     def _phases(self, curriculum: dict[int, tuple[Fraction, ...]]) -> list[Phase]:
         """The curriculum's phases, cut where a source is used up."""
         phases: list[Phase] = []
-        starts = [-(-start // BLOCK) * BLOCK for start in curriculum]
+        starts = [-(-start // self.block) * self.block for start in curriculum]
         if not starts or starts[0]:
             raise ValueError("the first weights must hold from position 0")
         drawn = [0] * len(self.sources)
@@ -171,7 +184,7 @@ class Mixture:
         while any(left):
             parts = tuple(weight / sum(left) for weight in left)
             lasting = [
-                share.limit is None or share.limit - count >= weight * BLOCK + 1
+                share.limit is None or share.limit - count >= weight * self.block + len(self.sources)
                 for weight, share, count in zip(parts, self.sources, drawn, strict=True)
             ]
             left = tuple(weight if lasts else Fraction(0) for weight, lasts in zip(parts, lasting, strict=True))
@@ -184,8 +197,9 @@ class Mixture:
         found = []
         for index, (weight, share) in enumerate(zip(phase.weights, self.sources, strict=True)):
             if weight and share.limit is not None:
-                blocks = int((share.limit - phase.drawn[index] + 1) / weight) // BLOCK + 1  # one too many
-                while phase.quotas(phase.start + blocks * BLOCK)[index] > share.limit:
+                left = share.limit - phase.drawn[index] + len(self.sources)
+                blocks = int(left / weight) // self.block + 1  # one too many
+                while phase.quotas(phase.start + blocks * self.block)[index] > share.limit:
                     blocks -= 1
-                found.append(phase.start + blocks * BLOCK)
+                found.append(phase.start + blocks * self.block)
         return min(found) if found else None

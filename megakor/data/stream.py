@@ -1,24 +1,23 @@
-"""Shards become training batches: which samples a step sees is a pure function of its number.
+"""Shards become training batches: what a step sees is a pure function of its number.
 
-The tokens of all shards, laid end to end, are cut into samples of sequence_length inputs and as many labels; neighbours
-share one token, and samples cross documents and shards. `PretrainStream` deals the shuffled samples to data ranks;
-`HeldoutSet` walks a set once, in order, for validation. Nothing here keeps a position.
+    step ─► samples of the run ─► positions of the stream ─► sources ─► shards and samples ─► tokens
+          (plan)                (plan: skipped ones)       (mixture)  (order)              (source)
+
+Nothing here keeps a position. `PretrainStream` deals each global batch to data ranks, whatever their number.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megakor.data.indexed import map_tokens
-from megakor.data.manifest import load_manifest
-from megakor.data.order import ORDER_VERSION, sample_ids
-
-MAX_OPEN_SHARDS = 256  # each holds a file descriptor; processes are commonly allowed 1,024
+from megakor.data.mixture import Mixture
+from megakor.data.order import ORDER_VERSION, SourceOrder
+from megakor.data.plan import Plan
+from megakor.data.source import Source
 
 
 @dataclass(frozen=True)
@@ -31,149 +30,141 @@ class Batch:
     num_loss_tokens: int  # unmasked labels of the global batch (training) or of the whole set (validation)
 
 
-class TokenStream:
-    """The tokens of a folder's shards, laid end to end in the manifest's order."""
+@dataclass(frozen=True)
+class Rows:
+    """The samples of a global batch, in the order in which they are dealt; all int64 [n].
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = load_manifest(folder)
-        self.num_tokens = self.manifest.num_tokens
-        self._dtype = np.dtype(self.manifest.dtype)
-        self._starts = np.cumsum([0] + [shard.num_tokens for shard in self.manifest.shards], dtype=np.int64)
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+    Attributes:
+        positions: in the stream.
+        sources: number of the source.
+        epochs: how often the source had been read through before.
+        shards: number of the shard in the source's manifest.
+        samples: number of the sample in its shard.
+    """
 
-    def __reduce__(self) -> tuple[type[TokenStream], tuple[Path]]:
-        return TokenStream, (self.folder,)  # pickling an open map would copy its tokens
+    positions: np.ndarray
+    sources: np.ndarray
+    epochs: np.ndarray
+    shards: np.ndarray
+    samples: np.ndarray
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start … start + count - 1 of the stream: int64 [count]. They must exist."""
-        if not 0 <= start <= start + count <= self.num_tokens:
-            raise ValueError(f"tokens {start} … {start + count} must lie within the stream's {self.num_tokens}")
-        tokens = np.empty(count, dtype=np.int64)
-        done = 0
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while done < count:
-            offset = start + done - int(self._starts[shard])
-            piece = self._shard_tokens(shard)[offset : offset + count - done]
-            tokens[done : done + len(piece)] = piece
-            done += len(piece)
-            shard += 1
-        return tokens
 
-    def num_samples(self, sequence_length: int) -> int:
-        """Whole samples in the stream. ValueError when there is none."""
-        if sequence_length < 1:
-            raise ValueError(f"train.sequence_length={sequence_length} must be at least 1")
-        num_samples = (self.num_tokens - 1) // sequence_length
-        if num_samples < 1:
-            raise ValueError(
-                f"train.sequence_length={sequence_length} must be below the number of tokens in {self.folder}: "
-                f"{self.num_tokens}"
-            )
-        return num_samples
-
-    def sample(self, index: int, sequence_length: int) -> np.ndarray:
-        """Sample `index` with the token after it: int64 [sequence_length + 1]."""
-        return self.read(index * sequence_length, sequence_length + 1)
-
-    def _shard_tokens(self, shard: int) -> np.ndarray:
-        tokens = self._open.get(shard)
-        if tokens is None:
-            entry = self.manifest.shards[shard]
-            tokens = map_tokens(self.folder / f"{entry.prefix}.bin", self._dtype, entry.num_tokens)
-            self._open[shard] = tokens
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(shard)
-        return tokens
+def share(size: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """First row, and the one after the last, of a rank's run of `size` rows; runs differ by one row at most."""
+    return size * rank // num_ranks, size * (rank + 1) // num_ranks
 
 
 class PretrainStream:
-    """The endless shuffled stream of global batches; every data-parallel size sees the same ones."""
+    """The endless shuffled stream of global batches; every data-parallel size sees the same ones.
 
-    def __init__(self, folder: str | Path, *, seed: int, sequence_length: int, global_batch_size: int) -> None:
-        if global_batch_size < 1:
-            raise ValueError(f"train.global_batch_size={global_batch_size} must be at least 1")
-        self.tokens = TokenStream(folder)
-        self.seed = seed
-        self.sequence_length = sequence_length
-        self.global_batch_size = global_batch_size
-        self.num_samples = self.tokens.num_samples(sequence_length)
-        self._fingerprint = self.tokens.manifest.fingerprint()
+    Args:
+        sources: by name.
+        mixture: of the same sources, in their order.
+        plan: of the run's steps.
+        seed: of the run.
+        num_streams: canonical streams; numbers of nodes that divide it share the reading evenly.
+        shuffle_window: samples of a stream that are shuffled among each other.
+    """
 
-    @property
-    def num_tokens_per_step(self) -> int:
-        return self.global_batch_size * self.sequence_length
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        mixture: Mixture,
+        plan: Plan,
+        *,
+        seed: int,
+        num_streams: int,
+        shuffle_window: int,
+    ) -> None:
+        self.sources, self.mixture, self.plan, self.seed = dict(sources), mixture, plan, seed
+        self.num_streams, self.shuffle_window = num_streams, shuffle_window
+        self.orders = [
+            SourceOrder(
+                source.samples_of_shards(plan.sequence_length),
+                seed=seed,
+                name=name,
+                num_streams=num_streams,
+                window=shuffle_window,
+            )
+            for name, source in sources.items()
+        ]
+        self._list = list(sources.values())
+        self._fingerprints = {name: source.manifest.fingerprint() for name, source in sources.items()}
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of a step, those of short samples' ends included."""
+        return self.plan.step(step).size * self.plan.sequence_length
+
+    def num_tokens_before(self, step: int) -> int:
+        """Tokens of all steps before."""
+        return self.plan.step(step).start * self.plan.sequence_length
+
+    def rows(self, step: int) -> Rows:
+        """The samples of global batch `step` (from 0), in the order of their canonical streams."""
+        taken = self.plan.step(step)
+        positions = self.plan.positions(np.arange(taken.start, taken.start + taken.size))
+        sources, numbers = self.mixture.at(positions)
+        epochs, shards, samples, streams = (np.empty_like(positions) for _ in range(4))
+        for source in np.unique(sources):
+            here = sources == source
+            places = self.orders[source].at(numbers[here])
+            epochs[here], shards[here], samples[here] = places.epochs, places.shards, places.samples
+            # A small source has fewer streams: each stands where that part of the whole does.
+            streams[here] = places.streams * self.num_streams // self.orders[source].num_streams
+        dealt = np.lexsort((positions, streams))
+        return Rows(*(values[dealt] for values in (positions, sources, epochs, shards, samples)))
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
         """Data rank `dp_rank`'s part of global batch `step` (from 0), in order, in micro-batches.
 
-        The global batch is positions step × global_batch_size and up of the order; rank r takes the r-th of dp_size
-        equal runs. Ranks that share a data rank (tensor, pipeline, context) get the same.
+        A rank takes a run of the batch's rows, so that the ranks of a node read neighbouring streams. All ranks have as
+        many micro-batches of as many rows: what is missing is filled up with rows that are masked whole. Ranks that
+        share a data rank (tensor, pipeline, context) get the same.
         """
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank={dp_rank} must be in 0 … dp_size - 1 = {dp_size - 1}")
-        if micro_batch_size < 1 or self.global_batch_size % (dp_size * micro_batch_size):
-            raise ValueError(
-                f"train.global_batch_size={self.global_batch_size} must be divisible by data_parallel_size={dp_size} "
-                f"× train.micro_batch_size={micro_batch_size}"
+        if micro_batch_size < 1:
+            raise ValueError(f"train.micro_batch_size={micro_batch_size} must be at least 1")
+        taken, rows, length = self.plan.step(step), self.rows(step), self.plan.sequence_length
+        num_labels = np.empty_like(rows.positions)
+        for number, source in enumerate(self._list):
+            here = rows.sources == number
+            num_labels[here] = source.num_labels(rows.shards[here], rows.samples[here], length)
+        num_micro_batches = -(-taken.size // (dp_size * micro_batch_size))
+        tokens = np.full((num_micro_batches * micro_batch_size, length + 1), self._eod_id, dtype=np.int64)
+        mask = np.zeros((len(tokens), length), dtype=np.float32)
+        for row, number in enumerate(range(*share(taken.size, dp_rank, dp_size))):
+            source = self._list[rows.sources[number]]
+            sample = source.sample(int(rows.shards[number]), int(rows.samples[number]), length)
+            tokens[row, : len(sample)] = sample
+            mask[row, : num_labels[number]] = 1.0
+        cut = (len(tokens) * length // taken.sequence_length, taken.sequence_length)
+        inputs, labels, mask = tokens[:, :-1].reshape(cut), tokens[:, 1:].reshape(cut), mask.reshape(cut)
+        size, num_loss_tokens = cut[0] // num_micro_batches, int(num_labels.sum())
+        return [
+            Batch(
+                inputs[first : first + size], labels[first : first + size], mask[first : first + size], num_loss_tokens
             )
-        part = self.global_batch_size // dp_size
-        start = step * self.global_batch_size + dp_rank * part
-        samples = sample_ids(self.seed, self.num_samples, start, part)
-        return [self._batch(samples[first : first + micro_batch_size]) for first in range(0, part, micro_batch_size)]
+            for first in range(0, cut[0], size)
+        ]
 
-    def _batch(self, samples: np.ndarray) -> Batch:
-        tokens = np.stack([self.tokens.sample(int(index), self.sequence_length) for index in samples])
-        mask = np.ones((len(samples), self.sequence_length), dtype=np.float32)
-        inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
-        return Batch(inputs, labels, mask, self.num_tokens_per_step)
+    @property
+    def _eod_id(self) -> int:
+        return self._list[0].manifest.eod_id
 
     def state(self) -> dict[str, Any]:
         """What every batch depends on besides its step, by configuration key; a resumed run must have the same."""
+        plan = self.plan
         return {
             "order_version": ORDER_VERSION,
             "train.seed": self.seed,
-            "train.sequence_length": self.sequence_length,
-            "train.global_batch_size": self.global_batch_size,
-            "data.train": self._fingerprint,
+            "train.sequence_length": plan.sequence_length,
+            "train.global_batch_size": plan.global_batch_size,
+            **{f"train.batch_sizes.{until}": size for until, size in plan.batch_sizes.items()},
+            **{f"train.sequence_lengths.{until}": size for until, size in plan.sequence_lengths.items()},
+            "data.num_streams": self.num_streams,
+            "data.shuffle_window": self.shuffle_window,
+            "data.skip": [list(window) for window in plan.skip],
+            "data.weights": self.mixture.state(),
+            **{f"data.train.{name}" if name else "data.train": value for name, value in self._fingerprints.items()},
         }
-
-
-class HeldoutSet:
-    """A named validation set: windows that predict every token exactly once.
-
-    The windows do not overlap and are laid over an end-of-document token followed by the set's tokens, so that the
-    first token is predicted too; labels past the end are masked.
-    """
-
-    def __init__(self, name: str, folder: str | Path, sequence_length: int) -> None:
-        if sequence_length < 1:
-            raise ValueError(f"train.sequence_length={sequence_length} must be at least 1")
-        self.name = name
-        self.tokens = TokenStream(folder)
-        self.sequence_length = sequence_length
-        self.num_tokens = self.tokens.num_tokens
-        self.num_text_bytes = self.tokens.manifest.num_text_bytes
-        self.num_windows = -(-self.num_tokens // sequence_length)
-
-    def windows(self, start: int, count: int) -> Batch:
-        """Windows start … start + count - 1 as rows; rows past the last window are masked whole.
-
-        `num_loss_tokens` is the set's number of tokens: the quotients of all its batches add up to the mean loss.
-        """
-        length, eod = self.sequence_length, self.tokens.manifest.eod_id
-        inputs = np.full((count, length), eod, dtype=np.int64)
-        labels = np.full((count, length), eod, dtype=np.int64)
-        mask = np.zeros((count, length), dtype=np.float32)
-        for row in range(count):
-            first = (start + row) * length  # position of the row's first label in the set
-            valid = min(length, self.num_tokens - first)
-            if valid <= 0:
-                break
-            labels[row, :valid] = self.tokens.read(first, valid)
-            inputs[row, 0] = self.tokens.read(first - 1, 1)[0] if first else eod
-            inputs[row, 1:valid] = labels[row, : valid - 1]
-            mask[row, :valid] = 1.0
-        return Batch(inputs, labels, mask, self.num_tokens)

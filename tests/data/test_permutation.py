@@ -5,9 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakor.data.permutation import MAX_SIZE, child_keys, permutation, permute, root_keys
+from megakor.data.permutation import MAX_SIZE, child_keys, permutation, permute, root_keys, unpermute
 
-GOLDEN_10 = permutation(10, root_keys("golden")).tolist()
+
+def test_golden() -> None:
+    """These numbers are part of the order's version, and of every checkpoint's meaning."""
+    assert permutation(10, root_keys("golden")).tolist() == [8, 7, 1, 6, 4, 2, 3, 5, 9, 0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, MAX_SIZE), min_size=1, max_size=20), st.randoms(use_true_random=False))
+def test_the_way_back(sizes: list[int], random: object) -> None:
+    values = np.array([random.randrange(size) for size in sizes])  # type: ignore[attr-defined]
+    keys = child_keys(root_keys("a")[None], np.arange(len(sizes)))
+    assert np.array_equal(unpermute(permute(values, np.array(sizes), keys), np.array(sizes), keys), values)
 
 
 @settings(deadline=None)
