@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from megakor.checkpoint.reader import CheckpointValues
 from megakor.config.compose import main
 from megakor.config.schema import PretrainConfig
-from megakor.data.stream import HeldoutSet, PretrainStream
+from megakor.data.changes import keep_tables
+from megakor.data.heldout import HeldoutSet
+from megakor.data.manifest import check_files
+from megakor.data.stream import pretrain_stream
+from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine
 from megakor.train.loop import Training, train
@@ -20,16 +25,12 @@ def run(config: PretrainConfig) -> None:
     """Train to `train.num_steps`, from the newest whole checkpoint of the run folder or from the seed."""
     with process_group(config) as dims:
         tokenizer = Tokenizer.load(config.data.tokenizer)
-        size = config.train
-        stream = PretrainStream(
-            config.data.train,
-            seed=size.seed,
-            sequence_length=size.sequence_length,
-            global_batch_size=size.global_batch_size,
-        )
+        run, size = Path(config.run), config.train
+        stream = pretrain_stream(config.data, size, run)
         heldout = [HeldoutSet(name, folder, size.sequence_length) for name, folder in config.data.validation.items()]
-        for tokens in (stream.tokens, *(held_out.tokens for held_out in heldout)):
-            tokens.manifest.check_tokenizer(tokenizer.fingerprint, f"data.tokenizer={config.data.tokenizer}")
+        for source in (*stream.sources.values(), *(held_out.tokens for held_out in heldout)):
+            source.manifest.check_tokenizer(tokenizer.fingerprint, f"data.tokenizer={config.data.tokenizer}")
+            on_first_rank(partial(check_files, source.folder, source.manifest))
         model = resolve_vocabulary(config.model, tokenizer.vocab_size)
         checkpoint = resume_point(config)
         with ExitStack() as stack:
@@ -37,11 +38,12 @@ def run(config: PretrainConfig) -> None:
             first_step = 0
             if checkpoint is not None:
                 values = saved = stack.enter_context(CheckpointValues(checkpoint))
-                check_continues(saved.manifest, config, model, tokenizer.fingerprint, stream.state())
                 first_step = saved.manifest.step
+                check_continues(saved.manifest, config, model, tokenizer.fingerprint, stream.state(first_step))
             write_run(config, tokenizer)
+            on_first_rank(partial(keep_tables, run, stream.sources))
             engine = Engine(config, model, tokenizer.vocab_size, dims, values)
-        train(Training(config, Path(config.run), engine, stream, heldout, tokenizer.fingerprint, first_step))
+        train(Training(config, run, engine, stream, heldout, tokenizer.fingerprint, first_step))
 
 
 if __name__ == "__main__":

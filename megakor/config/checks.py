@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megakor.config.schema import (
     CorpusConfig,
+    DataConfig,
     DemoConfig,
     EngineConfig,
     EvaluateConfig,
@@ -118,11 +119,14 @@ def check_parallel(parallel: ParallelConfig, train: TrainConfig, optimizer: Opti
     if parallel.sequence_parallel:
         rule = "be false with parallel.tensor_parallel_size=1: tensor ranks are what splits the sequence"
         require(tensor > 1, "parallel.sequence_parallel", True, rule)
-    length = train.sequence_length
-    divides("parallel.context_parallel_size", context, f"train.sequence_length={length}", length)
-    if parallel.sequence_parallel:
-        what = f"train.sequence_length={length} / parallel.context_parallel_size={context} = {length // context}"
-        divides("parallel.tensor_parallel_size", tensor, what, length // context)
+    for until, length in train.sequence_lengths.items():
+        divides(f"train.sequence_lengths.{until}", length, f"train.sequence_length={train.sequence_length}",
+                train.sequence_length)  # fmt: skip
+    for length in (train.sequence_length, *train.sequence_lengths.values()):
+        divides("parallel.context_parallel_size", context, f"train.sequence_length={length}", length)
+        if parallel.sequence_parallel:
+            what = f"train.sequence_length={length} / parallel.context_parallel_size={context} = {length // context}"
+            divides("parallel.tensor_parallel_size", tensor, what, length // context)
     if parallel.offload_parameters:
         rule = f"be false with parallel.zero_stage={stage}: ZeRO-3 alone moves parameters; nearest: zero_stage=3"
         require(stage == 3, "parallel.offload_parameters", True, rule)
@@ -148,19 +152,12 @@ def check_engine(config: EngineConfig) -> None:
     for name in ("num_steps", "global_batch_size", "micro_batch_size", "sequence_length"):
         positive(f"train.{name}", getattr(train, name))
     positive("train.clip_grad_norm", train.clip_grad_norm, allow_zero=True)
-    require(
-        train.global_batch_size % train.micro_batch_size == 0,
-        "train.global_batch_size",
-        train.global_batch_size,
-        f"be divisible by train.micro_batch_size={train.micro_batch_size}",
-    )
+    for name in ("batch_sizes", "sequence_lengths"):
+        for until, size in getattr(train, name).items():
+            require(until > 0, f"train.{name}", until, "have keys above 0: the samples until which a size holds")
+            positive(f"train.{name}.{until}", size)
     positive("train.activation_checkpointing_interval", train.activation_checkpointing_interval)
     check_parallel(config.parallel, train, optimizer.name)
-    data = config.parallel.data_parallel_size
-    if data is not None:
-        batch, micro = train.global_batch_size, train.micro_batch_size
-        what = f"train.global_batch_size={batch} / train.micro_batch_size={micro} = {batch // micro}"
-        divides("parallel.data_parallel_size", data, what, batch // micro)
     positive("optimizer.lr", optimizer.lr)
     positive("optimizer.eps", optimizer.eps)
     positive("optimizer.weight_decay", optimizer.weight_decay, allow_zero=True)
@@ -212,9 +209,40 @@ def check_fit(config: EngineConfig, model: ModelConfig) -> None:
     require(config.train.sequence_length <= longest, "train.sequence_length", config.train.sequence_length, rule)
 
 
+def check_weights(key: str, weights: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise unless there is a weight for each source, none negative and not all 0."""
+    require(set(weights) == set(names), key, dict(weights), f"have one weight for each of data.sources: {list(names)}")
+    fits = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in weights.values())
+    require(fits and any(weights.values()), key, dict(weights), "be numbers that are not negative, and not all 0")
+
+
+def check_data(data: DataConfig) -> None:
+    """The rules of what is trained on."""
+    given = [name for name in ("train", "sources") if getattr(data, name)]
+    if len(given) != 1:
+        raise ValueError(f"either data.train= or data.sources= must be given, not {' and '.join(given) or 'neither'}")
+    names = list(data.named_sources)
+    if data.weights:
+        check_weights("data.weights", data.weights, data.sources)
+        rule = "be 1 with data.weights, which say all"
+        require(data.temperature == 1, "data.temperature", data.temperature, rule)
+    for tokens, weights in data.curriculum.items():
+        require(tokens > 0, "data.curriculum", tokens, "have keys above 0; data.weights hold from the start")
+        check_weights(f"data.curriculum.{tokens}", weights, data.sources)
+    for name, epochs in data.max_epochs.items():
+        require(name in names, "data.max_epochs", name, f"name one of data.sources: {names}")
+        positive(f"data.max_epochs.{name}", epochs)
+    for key in ("temperature", "num_streams", "shuffle_window"):
+        positive(f"data.{key}", getattr(data, key))
+    for window in data.skip:
+        fits = len(window) == 2 and 0 <= window[0] < window[1]
+        require(fits, "data.skip", window, "be [first, one after the last]")
+
+
 def check_pretrain(config: PretrainConfig) -> None:
     check_engine(config)
     check_fit(config, config.model)
+    check_data(config.data)
 
 
 def check_simulate(config: SimulateConfig) -> None:

@@ -125,7 +125,9 @@ def quote_override(argument: str, schema: type, multirun: bool) -> str:
         name, argument = f"++{name}", f"++{argument}"  # Hydra's sign for a key that may be new
     if LITERAL.fullmatch(value) or value.startswith("${"):
         return argument
-    if typing.get_origin(kind) is list:
+    if typing.get_origin(kind) is dict:
+        return f"{'' if name.startswith(('+', '~')) else '++'}{argument}"  # keys are new in an open section
+    if typing.get_origin(kind) is list and typing.get_args(kind) != (list[int],):
         if value.startswith("[") and value.endswith("]"):
             return f"{name}=[{','.join(items_of(value[1:-1]))}]"
         return f"{name}={value if value == 'null' else '[' + quoted(value) + ']'}"

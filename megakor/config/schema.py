@@ -6,24 +6,12 @@ YAML holds values; these classes hold types, defaults, units and help texts. Hyd
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
-
-
-def key(default: Any = MISSING, *, help: str, unit: str = "") -> Any:
-    """A field with its help text and unit, which `--help` prints. Lists and dicts get a fresh copy per instance."""
-    metadata = {"help": help, "unit": unit}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(kind: type, *, help: str) -> Any:
-    """A nested section, built from its own defaults."""
-    return field(default_factory=kind, metadata={"help": help, "unit": ""})
+from megakor.config.data_schema import DataConfig
+from megakor.config.fields import key, section
 
 
 class Precision(Enum):
@@ -130,6 +118,12 @@ class TrainConfig:
     global_batch_size: int = key(help="sequences in one optimizer step, over all replicas", unit="sequences")
     micro_batch_size: int = key(help="sequences in one forward pass of one replica", unit="sequences")
     sequence_length: int = key(2048, help="tokens in a sequence", unit="tokens")
+    batch_sizes: dict[int, int] = key(
+        {}, help="global_batch_size earlier in the run: samples until which a size holds -> size", unit="sequences"
+    )
+    sequence_lengths: dict[int, int] = key(
+        {}, help="shorter rows earlier in the run: samples until which a length holds -> length", unit="tokens"
+    )
     precision: Precision = key(Precision.bf16, help="arithmetic of forward and backward")
     clip_grad_norm: float = key(1.0, help="global gradient norm is clipped to this; 0: no clipping")
     activation_checkpointing: ActivationCheckpointing = key(
@@ -158,15 +152,6 @@ class ScheduleConfig:
     warmup_ratio: float = key(0.01, help="share of the run in which the rate rises linearly from 0")
     decay_ratio: float = key(0.2, help="share of the run at its end in which a wsd schedule falls linearly")
     min_lr_ratio: float = key(0.1, help="final rate over peak rate")
-
-
-@dataclass
-class DataConfig:
-    """Shard folders, as `megakor shard` writes them."""
-
-    train: str = key(help="folder of the training shards")
-    validation: dict[str, str] = key({}, help="named held-out sets: name -> folder of shards")
-    tokenizer: str = key(help="folder of the tokenizer that made the shards")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megakor.data.shards import COUNTS, ShardEntry, Shards
+from megakor.data.shards import ShardEntry, Shards
 from megakor.files import atomic_write, sha256_of
 
 MANIFEST_NAME = "manifest.json"
@@ -106,15 +106,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     table = manifest.shards.to_bytes()
     with atomic_write(folder / TABLE_NAME) as stream:
         stream.write(table)
-    totals = {name: manifest.shards.total(name) for name in COUNTS}
-    shards = {
-        "file": TABLE_NAME,
-        "sha256": hashlib.sha256(table).hexdigest(),
-        "num_shards": len(manifest.shards),
-        **totals,
-        "sources": manifest.sources,
-    }
-    write_json(folder / MANIFEST_NAME, {**manifest.job(), "shards": shards})
+    totals = {name: manifest.shards.total(name) for name in ("num_tokens", "num_documents")}
+    named = {"name": TABLE_NAME, "num_shards": len(manifest.shards), "sha256": hashlib.sha256(table).hexdigest()}
+    told = {**manifest.job(), **totals, "num_text_bytes": manifest.num_text_bytes, "sources": manifest.sources}
+    write_json(folder / MANIFEST_NAME, {**told, "table": named})
 
 
 def load_manifest(folder: Folder) -> Manifest:
@@ -135,7 +130,7 @@ def load_manifest(folder: Folder) -> Manifest:
         if raw["version"] != MANIFEST_VERSION:
             raise ValueError(f"version={raw['version']!r} must be {MANIFEST_VERSION}; `megakor shard` makes it anew")
         table = folder.read(TABLE_NAME)
-        found, expected = hashlib.sha256(table).hexdigest(), raw["shards"]["sha256"]
+        found, expected = hashlib.sha256(table).hexdigest(), raw["table"]["sha256"]
         if found != expected:
             raise ValueError(f"{TABLE_NAME}: sha256={found} must be {expected}: changed")
         manifest = Manifest(

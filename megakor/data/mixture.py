@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -80,7 +80,9 @@ class Mixture:
         ValueError: weights that are negative or all 0.
     """
 
-    def __init__(self, sources: Sequence[Share], curriculum: dict[int, Sequence[float | Fraction]], seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[Share], curriculum: Mapping[int, Sequence[float | Fraction]], seed: int
+    ) -> None:
         self.sources = tuple(sources)
         # The largest weight is at least 1 / n, and must have room in a block for the rounding of n - 1 others.
         self.block = max(SMALLEST_BLOCK, 1 << (2 * len(self.sources) ** 2 - 1).bit_length())

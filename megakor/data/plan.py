@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,8 +76,7 @@ class Plan:
         """Step `number`, from 0."""
         phase = next(phase for phase in reversed(self._phases) if phase.step <= number)
         start = phase.sample + (number - phase.step) * phase.size
-        length = next((size for until, size in sorted(self.sequence_lengths.items()) if start < until), None)
-        return Step(start, phase.size, length or self.sequence_length)
+        return Step(start, phase.size, self._length(start))
 
     def step_of(self, sample: int) -> int:
         """The step that takes a sample of the run."""
@@ -93,6 +93,29 @@ class Plan:
         before = np.searchsorted(starts, positions, side="right")  # windows that begin at or before each
         left_out = positions < np.concatenate([[0], stops])[before]
         return np.where(left_out, -1, positions - self._skipped[before])
+
+    def end_of(self, step: int) -> int:
+        """The position of the stream after the last that a step before `step` takes."""
+        start = self.step(step).start
+        return int(self.positions(np.array([start - 1]))[0]) + 1 if start else 0
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What the steps before `step` depend on, by configuration key."""
+        start = self.step(step).start
+        sizes = [[phase.sample, phase.size] for phase in self._phases if phase.step < max(step, 1)]
+        ends = sorted(self.sequence_lengths)
+        firsts = [0, *(until for until in ends if until < start)]
+        lengths = [[first, self._length(first)] for first in firsts]
+        return {
+            "train.global_batch_size": sizes[0][1] if len(sizes) == 1 else sizes,
+            "train.sequence_lengths": [length for length in lengths if length[1] != self.sequence_length],
+            "data.skip": [list(window) for window in self.skip if window[1] <= self.end_of(step)],
+        }
+
+    def _length(self, sample: int) -> int:
+        """Of the rows of the steps that begin at a sample."""
+        length = next((size for until, size in sorted(self.sequence_lengths.items()) if sample < until), None)
+        return length or self.sequence_length
 
     def _check(self) -> None:
         for key, value in {

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megakor.data.mixture import Mixture
+from megakor.config.schema import DataConfig, TrainConfig
+from megakor.data.changes import fingerprints
+from megakor.data.mixture import Mixture, Share
 from megakor.data.order import ORDER_VERSION, SourceOrder
 from megakor.data.plan import Plan
 from megakor.data.source import Source
@@ -64,6 +68,7 @@ class PretrainStream:
         seed: of the run.
         num_streams: canonical streams; numbers of nodes that divide it share the reading evenly.
         shuffle_window: samples of a stream that are shuffled among each other.
+        fingerprints: of the sources' shards, as the run began with them.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class PretrainStream:
         seed: int,
         num_streams: int,
         shuffle_window: int,
+        fingerprints: Mapping[str, str],
     ) -> None:
         self.sources, self.mixture, self.plan, self.seed = dict(sources), mixture, plan, seed
         self.num_streams, self.shuffle_window = num_streams, shuffle_window
@@ -89,7 +95,7 @@ class PretrainStream:
             for name, source in sources.items()
         ]
         self._list = list(sources.values())
-        self._fingerprints = {name: source.manifest.fingerprint() for name, source in sources.items()}
+        self._fingerprints = dict(fingerprints)
 
     def num_tokens(self, step: int) -> int:
         """Tokens of a step, those of short samples' ends included."""
@@ -152,19 +158,66 @@ class PretrainStream:
     def _eod_id(self) -> int:
         return self._list[0].manifest.eod_id
 
-    def state(self) -> dict[str, Any]:
-        """What every batch depends on besides its step, by configuration key; a resumed run must have the same."""
+    def state(self, step: int) -> dict[str, Any]:
+        """What the batches before a step depend on, by configuration key; a run that goes on there must have the same.
+
+        What is to come may change: sizes, weights and skipped stretches from there on are not in it.
+        """
         plan = self.plan
         return {
             "order_version": ORDER_VERSION,
             "train.seed": self.seed,
             "train.sequence_length": plan.sequence_length,
-            "train.global_batch_size": plan.global_batch_size,
-            **{f"train.batch_sizes.{until}": size for until, size in plan.batch_sizes.items()},
-            **{f"train.sequence_lengths.{until}": size for until, size in plan.sequence_lengths.items()},
+            **plan.state(step),
             "data.num_streams": self.num_streams,
             "data.shuffle_window": self.shuffle_window,
-            "data.skip": [list(window) for window in plan.skip],
-            "data.weights": self.mixture.state(),
-            **{f"data.train.{name}" if name else "data.train": value for name, value in self._fingerprints.items()},
+            "data.weights": self.mixture.state(plan.end_of(step)),
+            **{f"data.sources.{name}" if name else "data.train": value for name, value in self._fingerprints.items()},
         }
+
+
+def pretrain_stream(data: DataConfig, train: TrainConfig, run: Path) -> PretrainStream:
+    """The stream of a run.
+
+    Args:
+        run: its folder, which has what it began with, or nothing yet.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        ValueError: a source is damaged, too short, or has changed since the run began; or the run needs more than its
+            sources may be read.
+    """
+    sources = {name: Source(folder) for name, folder in data.named_sources.items()}
+    plan = Plan(train.global_batch_size, train.sequence_length, train.batch_sizes, train.sequence_lengths, data.skip)
+    shares = [
+        Share(name, int(source.samples_of_shards(train.sequence_length).sum()), data.max_epochs.get(name))
+        for name, source in sources.items()
+    ]
+    first: dict[str, Any] = dict(data.weights) or {
+        name: natural_weight(source, data.temperature) for name, source in sources.items()
+    }
+    changes = {-(-tokens // train.sequence_length): weights for tokens, weights in data.curriculum.items()}
+    curriculum = {at: [weights[name] for name in sources] for at, weights in {0: first, **changes}.items()}
+    mixture = Mixture(shares, curriculum, train.seed)
+    end = plan.end_of(train.num_steps)
+    if mixture.end is not None and end > mixture.end:
+        raise ValueError(
+            f"train.num_steps={train.num_steps} takes {end} samples, and must take at most the {mixture.end} that "
+            f"data.max_epochs={data.max_epochs} leaves"
+        )
+    return PretrainStream(
+        sources,
+        mixture,
+        plan,
+        seed=train.seed,
+        num_streams=data.num_streams,
+        shuffle_window=data.shuffle_window,
+        fingerprints=fingerprints(run, sources, data.accept_changed),
+    )
+
+
+def natural_weight(source: Source, temperature: float) -> Fraction:
+    """A source's weight by its size: tokens ** (1 / temperature), to twelve digits, which all machines agree on."""
+    if temperature == 1:
+        return Fraction(source.num_tokens)
+    return Fraction(f"{source.num_tokens ** (1 / temperature):.12g}")

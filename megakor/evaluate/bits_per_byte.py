@@ -15,7 +15,8 @@ import torch
 
 from megakor.checkpoint.reader import load_model, resolve, run_of
 from megakor.config.schema import EvaluateConfig
-from megakor.data.stream import HeldoutSet, TokenStream
+from megakor.data.heldout import HeldoutSet
+from megakor.data.source import Source
 from megakor.logs import progress
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.loss import token_losses
@@ -35,7 +36,7 @@ def model_bits(model: GPTNeoXForCausalLM, heldout: HeldoutSet, num_tokens: int, 
     return nats / math.log(2)
 
 
-def unigram_bits(train: TokenStream, heldout: TokenStream, num_tokens: int) -> float:
+def unigram_bits(train: Source, heldout: Source, num_tokens: int) -> float:
     """Bits that token frequencies alone need for the held-out tokens: a unigram model with additive smoothing.
 
     Frequencies are the training set's; the smoothing constant is the one, of powers of two, that serves the held-out
@@ -50,7 +51,7 @@ def unigram_bits(train: TokenStream, heldout: TokenStream, num_tokens: int) -> f
     return min(bits(alpha) for alpha in SMOOTHING)
 
 
-def order0_bits(heldout: TokenStream, tokenizer: Tokenizer) -> float:
+def order0_bits(heldout: Source, tokenizer: Tokenizer) -> float:
     """Bits at the held-out text's own byte frequencies, an entropy that no order-0 byte model can go below."""
     tokens = heldout.read(0, heldout.num_tokens)
     counts: Counter[int] = Counter()
@@ -83,7 +84,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "order0_bits_per_byte": order0_bits(heldout.tokens, tokenizer) / size,
     }
     if config.train is not None:
-        train = TokenStream(config.train)
+        train = Source(config.train)
         train.manifest.check_tokenizer(manifest.tokenizer_fingerprint, f"run={config.run}")
         figures["unigram_bits_per_byte"] = unigram_bits(train, heldout.tokens, manifest.num_tokens) / size
     return figures

@@ -18,7 +18,7 @@ from megakor.simulate.formulas import FP32, replica_traffic, state_bytes
 from megakor.simulate.stage import Part, Pass, build_quietly, fake_rank, run_pass
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.run import resolve_vocabulary
-from megakor.train.settings import check_batches
+from megakor.train.settings import num_micro_batches as micro_batches_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def check_parameters(model: ModelConfig, passes: list[Pass]) -> None:
 
 def stage_of(config: EngineConfig, model: ModelConfig, dims: ParallelDims, number: int, run: Pass) -> Stage:
     """One stage's figures, from its rank's pass."""
-    num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * dims.data)
+    num_micro_batches = micro_batches_of(config, dims)
     numel = sum(part.numel for part in run.parts)
     micro_batch = list(run.traffic)
     if number < dims.pipeline - 1:
@@ -159,7 +159,6 @@ def simulate(config: SimulateConfig) -> Simulation:
         ValueError: the layout does not fit the number of processes or the batch, or a pass waits for the device.
     """
     dims = ParallelDims.from_config(config.parallel, config.world_size or smallest_world(config.parallel))
-    check_batches(config, dims)
     model, num_tokens = vocabulary(config)
     passes = []
     for number in range(dims.pipeline):
@@ -175,6 +174,6 @@ def simulate(config: SimulateConfig) -> Simulation:
         parameters=num_parameters(model),
         micro_batch_size=train.micro_batch_size,
         sequence_length=train.sequence_length,
-        num_micro_batches=train.global_batch_size // (train.micro_batch_size * dims.data),
+        num_micro_batches=micro_batches_of(config, dims),
         stages=[stage_of(config, model, dims, number, run) for number, run in enumerate(passes)],
     )

@@ -34,7 +34,7 @@ from megakor.train.device import DTYPES, device, loss_chunk, to_device, without_
 from megakor.train.fragments import flats, fragments, is_partitioned, own_range
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
-from megakor.train.settings import check_batches, deepspeed_config
+from megakor.train.settings import deepspeed_config, num_micro_batches
 from megakor.train.values import Values
 
 
@@ -50,6 +50,7 @@ class HeldoutWindows(Protocol):
     """A held-out set, cut into windows."""
 
     num_windows: int
+    sequence_length: int
 
     def windows(self, start: int, count: int) -> Batch: ...
 
@@ -88,12 +89,11 @@ class Engine:
     def __init__(
         self, config: EngineConfig, model: ModelConfig, num_tokens: int, dims: ParallelDims, values: Values
     ) -> None:
-        check_batches(config, dims)
         self.dims, self.model, self.num_tokens = dims, model, num_tokens
         self.groups = Groups.create(dims)
         self.data_rank = self.groups.position("data")
-        self.num_micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * dims.data)
-        self.micro_batch_size = config.train.micro_batch_size
+        self.num_micro_batches = num_micro_batches(config, dims)
+        self.micro_batch_size, self.sequence_length = config.train.micro_batch_size, config.train.sequence_length
         self.pipelined = dims.pipeline > 1
         self.clip_grad_norm = config.train.clip_grad_norm
         self.clips_itself = config.parallel.zero_stage == 0  # DeepSpeed then tells no norm unless it clips
@@ -212,6 +212,17 @@ class Engine:
         scale_tensor = torch.full((), scale, dtype=torch.float32, device=self.engine.device)
         return put(batch.input_ids), (put(batch.labels), put(batch.loss_mask), scale_tensor)
 
+    def _expect(self, num_micro_batches: int, sequence_length: int) -> None:
+        """Make ready for so many micro-batches a step and rows of such a length."""
+        if num_micro_batches != self.num_micro_batches:
+            self.num_micro_batches = num_micro_batches
+            self.engine.set_train_batch_size(num_micro_batches * self.micro_batch_size * self.dims.replicas)
+            if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
+                self.engine.optimizer.gradient_accumulation_steps = num_micro_batches  # it keeps the first number
+        if self.pipelined and sequence_length != self.sequence_length:
+            self.engine.reset_activation_shape()
+        self.sequence_length = sequence_length
+
     def train_step(self, batches: list[Batch], lr: float, step: int) -> StepResult:
         """One optimizer step over this replica's micro-batches of a global batch.
 
@@ -219,14 +230,15 @@ class Engine:
         micro-batches and replicas, so each micro-batch is scaled by their number.
 
         Args:
-            batches: the micro-batches.
+            batches: the micro-batches; their number and the length of their rows may differ from the last step's.
             lr: learning rate.
             step: number of the step, from 0; seeds dropout.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.built.counter.start_step(step)
-        scale = self.num_micro_batches * self.dims.replicas / batches[0].num_loss_tokens
+        self._expect(len(batches), batches[0].input_ids.shape[1])
+        scale = len(batches) * self.dims.replicas / batches[0].num_loss_tokens
         feed = (self.tensors(batch, scale) for batch in batches)
         if self.pipelined:
             loss = self.engine.train_batch(data_iter=feed)
@@ -256,6 +268,7 @@ class Engine:
                 start = (index * self.dims.data + self.data_rank) * self.micro_batch_size
                 yield self.tensors(heldout.windows(start, self.micro_batch_size), 1.0)
 
+        self._expect(self.num_micro_batches, heldout.sequence_length)
         if self.pipelined:
             mean = self.engine.eval_batch(feed(), num_micro_batches=rounds)
             return float(mean) * rounds * self.dims.data

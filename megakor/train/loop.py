@@ -33,12 +33,13 @@ log = get_logger(__name__)
 class Stream(Protocol):
     """A source of global batches that is a pure function of the step."""
 
-    @property
-    def num_tokens_per_step(self) -> int: ...
+    def num_tokens(self, step: int) -> int: ...
+
+    def num_tokens_before(self, step: int) -> int: ...
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self, step: int) -> dict[str, Any]: ...
 
 
 class Heldout(HeldoutWindows, Protocol):
@@ -107,7 +108,7 @@ def save(training: Training, step: int) -> float:
         model=plain(engine.model),
         tokenizer_fingerprint=training.tokenizer_fingerprint,
         optimizer={"name": config.optimizer.name.value, **engine.optimizer_state()},
-        data=training.stream.state(),
+        data=training.stream.state(step),
         train=plain(config),
     )
     save_checkpoint(training.run, manifest, engine.pieces, config.checkpoint.keep_last)
@@ -153,9 +154,12 @@ class Reporter:
         self.bar.update(1)
         if self.metrics is None or step % self.training.config.logging.interval:
             return
-        tokens = self.training.stream.num_tokens_per_step
+        stream = self.training.stream
+        tokens = stream.num_tokens(step - 1)
         speed = Throughput(seconds, tokens, self.flops_per_token, self.peak_tflops).record()
-        self.metrics.write("train", step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=step * tokens, **speed)
+        self.metrics.write(
+            "train", step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=stream.num_tokens_before(step), **speed
+        )
         if step % max(1, self.training.config.train.num_steps // 20) == 0 or step == self.training.first_step + 1:
             log.info(
                 "step %d  loss %.4f  lr %.3g  grad norm %.3f  %s tokens/s  %.4f TFLOP/s  MFU %.1f %%",

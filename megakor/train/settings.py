@@ -22,6 +22,7 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
     if config.parallel.offload_parameters:
         zero.setdefault("offload_param", {"device": HOST})
     # ZeRO-1 sums bf16 gradients of micro-batches in fp32; DeepSpeed would sum those of replicas in bf16.
+    micro_batches = num_micro_batches(config, dims)
     accumulated = train.precision is Precision.bf16 and config.parallel.zero_stage == 1
     communication = {"communication_data_type": "fp32"} if accumulated else {}
     return {
@@ -31,9 +32,9 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
         **communication,
         **config.deepspeed,
         # DeepSpeed counts the ranks that split a sequence as replicas, which they are for parameters.
-        "train_batch_size": train.global_batch_size * dims.context,
+        "train_batch_size": train.micro_batch_size * micro_batches * dims.replicas,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dims.data),
+        "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": train.clip_grad_norm if config.parallel.zero_stage else 0.0,  # ZeRO-0: by train_step
         "bf16": {"enabled": train.precision is Precision.bf16, "immediate_grad_update": True},
         "fp16": {"enabled": train.precision is Precision.fp16},
@@ -44,11 +45,10 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
     }
 
 
-def check_batches(config: EngineConfig, dims: ParallelDims) -> None:
-    """Raise where the global batch does not divide among the replicas."""
-    unit = config.train.micro_batch_size * dims.data
-    if config.train.global_batch_size % unit:
-        raise ValueError(
-            f"train.global_batch_size={config.train.global_batch_size} must be divisible by "
-            f"train.micro_batch_size × data parallel size = {config.train.micro_batch_size} × {dims.data}"
-        )
+def num_micro_batches(config: EngineConfig, dims: ParallelDims, size: int | None = None) -> int:
+    """Micro-batches of a rank in a step of `size` sequences; where they do not divide, the last ones are filled up.
+
+    Args:
+        size: None: `train.global_batch_size`.
+    """
+    return -(-(size or config.train.global_batch_size) // (config.train.micro_batch_size * dims.data))

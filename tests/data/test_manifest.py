@@ -44,7 +44,7 @@ def edit_table(folder: Path, column: str, value: Any) -> None:
     number = table.schema.get_field_index(column)
     pq.write_table(table.set_column(number, table.schema.field(column), [values]), folder / TABLE_NAME)
     raw = json.loads((folder / MANIFEST_NAME).read_text())
-    edit(folder, raw["shards"]["sha256"], sha256_of(folder / TABLE_NAME))
+    edit(folder, raw["table"]["sha256"], sha256_of(folder / TABLE_NAME))
 
 
 def test_counts_and_round_trip(folder: Path) -> None:
@@ -52,7 +52,7 @@ def test_counts_and_round_trip(folder: Path) -> None:
     assert (manifest.num_tokens, manifest.num_documents, manifest.num_text_bytes) == (7, 3, 20)
     assert manifest.sources == ["test"]
     raw = json.loads((folder / MANIFEST_NAME).read_text())
-    assert (raw["shards"]["num_tokens"], raw["version"], raw["eod_id"]) == (7, 2, 0)
+    assert (raw["num_tokens"], raw["version"], raw["eod_id"]) == (7, 2, 0)
 
 
 def test_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:

@@ -1,143 +1,179 @@
+"""The stream: one and the same for every way of dealing it, entered anywhere."""
+
 from __future__ import annotations
 
-import itertools
-import os
-import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakor.data import stream as stream_module
-from megakor.data.manifest import load_manifest
-from megakor.data.order import sample_ids
-from megakor.data.stream import Batch, HeldoutSet, PretrainStream, TokenStream
-from tests.data.tokens import write_shards
+from megakor.config.schema import DataConfig, TrainConfig
+from megakor.data.source import Source
+from megakor.data.stream import PretrainStream, pretrain_stream
+from tests.data.conftest import CUTS, EOD
 
-EOD = 60_000 - 1
-NUM_TOKENS = 1000
+DATA_KEYS = DataConfig.__dataclass_fields__
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token i of the stream is i, in shards and documents of uneven lengths."""
-    folder = tmp_path_factory.mktemp("shards")
-    shards = []
-    cuts = [0, 1, 7, 300, 301, 640, NUM_TOKENS]
-    for start, end in itertools.pairwise(cuts):
-        middle = (start + end) // 2
-        documents = [list(range(start, middle)), list(range(middle, end))]
-        shards.append([document for document in documents if document])
-    write_shards(folder, shards, eod_id=EOD)
-    return folder
+def made(folder: Path | dict[str, Path], **keys: Any) -> PretrainStream:
+    """A stream with these keys of `data` and `train`."""
+    data: dict[str, Any] = {"tokenizer": "unused", "num_streams": 4, "shuffle_window": 20}
+    data |= (
+        {"sources": {name: str(path) for name, path in folder.items()}}
+        if isinstance(folder, dict)
+        else {"train": str(folder)}
+    )
+    train: dict[str, Any] = {"seed": 5, "num_steps": 1, "global_batch_size": 8, "sequence_length": 9}
+    train["micro_batch_size"] = 1
+    for name, value in keys.items():
+        (data if name in DATA_KEYS else train)[name] = value
+    return pretrain_stream(DataConfig(**data), TrainConfig(**train), Path("there/is/none"))
 
 
-def rows(batches: list[Batch]) -> np.ndarray:
-    return np.concatenate([batch.input_ids for batch in batches])
+def whole(stream: PretrainStream, step: int, dp_size: int = 1, micro: int = 1) -> tuple[np.ndarray, ...]:
+    """Inputs, labels and mask of the global batch as ranks see it, without what fills it up."""
+    parts = [stream.micro_batches(step, rank, dp_size, micro) for rank in range(dp_size)]
+    assert len({len(part) for part in parts}) == 1
+    batches = [batch for part in parts for batch in part]
+    assert len({batch.input_ids.shape for batch in batches}) == 1
+    joined = [np.concatenate([getattr(batch, name) for batch in batches])
+              for name in ("input_ids", "labels", "loss_mask")]  # fmt: skip
+    assert {batch.num_loss_tokens for batch in batches} == {int(joined[2].sum())}
+    rows = joined[2].any(axis=1)
+    return tuple(values[rows] for values in joined)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 100), st.integers(1, 2**40), st.sampled_from([1, 3, 8, 64, 333]))
-def test_ranks_and_micro_batches_change_nothing(folder: Path, step: int, seed: int, length: int) -> None:
-    size = 12
-    stream = PretrainStream(folder, seed=seed, sequence_length=length, global_batch_size=size)
-    expected = sample_ids(seed, stream.num_samples, step * size, size)
-    for dp_size in (1, 2, 3, 4, 6, 12):
-        for micro in (size for size in (1, 2, 3, 12) if 12 % (dp_size * size) == 0):
-            parts = [stream.micro_batches(step, rank, dp_size, micro) for rank in range(dp_size)]
-            assert {batch.input_ids.shape for part in parts for batch in part} == {(micro, length)}
-            assert np.array_equal(np.concatenate([rows(part) for part in parts])[:, 0], expected * length)
+def equal(left: tuple[np.ndarray, ...], right: tuple[np.ndarray, ...]) -> bool:
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_samples_cross_documents_and_shards(folder: Path) -> None:
-    stream = TokenStream(folder)
-    for length in (1, 7, 333, 999):
-        count = stream.num_samples(length)
-        assert count == 999 // length
-        for index in range(count):
-            assert stream.sample(index, length).tolist() == list(range(index * length, (index + 1) * length + 1))
+@settings(deadline=None, max_examples=40)
+@given(
+    step=st.integers(0, 10**6),
+    seed=st.integers(-(2**40), 2**40),
+    size=st.integers(1, 30),
+    num_streams=st.sampled_from([1, 4, 64]),
+    weights=st.tuples(st.integers(1, 9), st.integers(0, 9)),
+)
+def test_every_way_of_dealing_gives_the_same_batch(
+    folder: Path, small: Path, step: int, seed: int, size: int, num_streams: int, weights: tuple[int, int]
+) -> None:
+    """Any number of ranks, also one that divides nothing, and any micro-batch."""
+    stream = made(
+        {"위키": folder, "small": small}, seed=seed, global_batch_size=size, num_streams=num_streams,
+        weights={"위키": weights[0], "small": weights[1]},
+    )  # fmt: skip
+    expected = whole(stream, step)
+    assert len(expected[0]) == size
+    for dp_size, micro in ((2, 1), (3, 1), (3, 2), (7, 1), (size, 1), (1, size), (31, 3)):
+        assert equal(whole(stream, step, dp_size, micro), expected)
 
 
-def test_an_epoch_shows_every_sample_once(folder: Path) -> None:
-    stream = PretrainStream(folder, seed=5, sequence_length=9, global_batch_size=3)  # 111 samples, 37 steps
-    seen = np.concatenate([rows(stream.micro_batches(step, 0, 1, 3)) for step in range(37)])
-    assert sorted(seen[:, 0].tolist()) == list(range(0, 999, 9))
+def test_killed_and_resumed_at_fifty_points_on_other_ranks(folder: Path, small: Path) -> None:
+    """What a run sees after a new start, on other ranks, is byte for byte what it would have seen."""
+    keys: dict[str, Any] = {
+        "temperature": 2.0, "batch_sizes": {40: 3, 100: 5}, "sequence_lengths": {30: 3}, "skip": [[50, 70], [200, 201]],
+        "curriculum": {2700: {"a": 1, "b": 3}},
+    }  # fmt: skip
+    sources = {"a": folder, "b": small}
+    reference = [whole(made(sources, **keys), step) for step in range(120)]
+    generator = np.random.default_rng(3)
+    for point in generator.choice(110, 50, replace=False):
+        dp_size, micro = int(generator.integers(1, 12)), int(generator.integers(1, 4))
+        stream = made(sources, **keys)
+        for step in range(point, point + 3):
+            assert equal(whole(stream, step, dp_size, micro), reference[step]), (step, dp_size, micro)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 50), st.integers(1, 200), st.sampled_from([1, 4, 64]), st.sampled_from([1, 7, 1000]))
+def test_an_epoch_predicts_every_token_once(
+    folder: Path, epoch: int, length: int, num_streams: int, shuffle_window: int
+) -> None:
+    """But for the first of each shard, which nothing comes before."""
+    stream = made(folder, sequence_length=length, num_streams=num_streams, shuffle_window=shuffle_window,
+                  global_batch_size=1)  # fmt: skip
+    num_samples = stream.orders[0].num_samples
+    seen: list[int] = []
+    for step in range(epoch * num_samples, (epoch + 1) * num_samples):
+        _, labels, mask = whole(stream, step)
+        seen += labels[mask == 1].tolist()
+    assert sorted(seen) == sorted(set(range(1000)) - set(CUTS))
+
+
+def test_sources_come_by_their_weights(folder: Path, small: Path) -> None:
+    def drawn(**keys: Any) -> float:
+        stream = made({"a": folder, "b": small}, global_batch_size=640, **keys)
+        return float(np.mean(stream.rows(1).sources))
+
+    assert drawn(weights={"a": 3.0, "b": 1.0}) == 0.25
+    assert drawn() == pytest.approx(171 / 1171, abs=1 / 64)
+    assert drawn(temperature=1e9) == pytest.approx(1 / 2, abs=1 / 64)
+    assert drawn(max_epochs={"b": 2}) < 0.02  # its 26 samples are used up in the step before
+    assert drawn(curriculum={640 * 9: {"a": 0.0, "b": 1.0}}) == 1
+
+
+def test_more_than_the_sources_may_give(folder: Path, small: Path) -> None:
+    stream = made({"a": folder, "b": small}, max_epochs={"a": 3, "b": 3}, num_steps=40)
+    assert stream.mixture.end is not None
+    assert 40 * 8 <= stream.mixture.end <= 3 * (stream.orders[0].num_samples + stream.orders[1].num_samples)
+    with pytest.raises(ValueError, match=r"train\.num_steps=60 takes 480 samples, .* at most the \d+ that data.max_ep"):
+        made({"a": folder, "b": small}, max_epochs={"a": 3, "b": 3}, num_steps=60)
 
 
 def test_batch(folder: Path) -> None:
-    stream = PretrainStream(folder, seed=5, sequence_length=9, global_batch_size=8)
-    (batch, _) = stream.micro_batches(2, 1, 2, 2)
-    assert np.array_equal(batch.labels, batch.input_ids + 1)
+    (batch, _) = made(folder, sequence_length=20).micro_batches(2, 1, 2, 2)
+    counts = batch.loss_mask == 1
+    assert np.array_equal(batch.labels[counts], batch.input_ids[counts] + 1)
+    assert (batch.labels[~counts] == EOD).all()
     assert batch.input_ids.dtype == batch.labels.dtype == np.int64
     assert batch.loss_mask.dtype == np.float32
-    assert batch.loss_mask.min() == 1
-    assert batch.num_loss_tokens == stream.num_tokens_per_step == 72  # of the global batch, not of this part
 
 
-def test_state_is_what_every_batch_depends_on(folder: Path) -> None:
-    stream = PretrainStream(folder, seed=5, sequence_length=9, global_batch_size=8)
-    assert stream.state() == {
-        "order_version": 1,
+def test_shorter_rows_have_the_same_tokens(folder: Path) -> None:
+    """A step's samples are cut: as many tokens, in the same order."""
+    short, long = made(folder, sequence_length=12, sequence_lengths={16: 4}), made(folder, sequence_length=12)
+    for step, length in ((0, 4), (1, 4), (2, 12)):
+        for dp_size, micro in ((1, 2), (3, 2)):
+            parts = [stream.micro_batches(step, 0, dp_size, micro) for stream in (short, long)]
+            flat = [[np.concatenate([values.ravel() for values in map(name, part)]) for part in parts]
+                    for name in (lambda batch: batch.input_ids, lambda batch: batch.labels,
+                                 lambda batch: batch.loss_mask)]  # fmt: skip
+            assert all(np.array_equal(*pair) for pair in flat)
+            assert parts[0][0].input_ids.shape == (micro * 12 // length, length)
+            assert parts[0][0].num_loss_tokens == parts[1][0].num_loss_tokens
+
+
+def test_state_is_what_the_batches_before_depend_on(folder: Path) -> None:
+    stream = made(folder)
+    assert stream.state(5) == {
+        "order_version": 2,
         "train.seed": 5,
         "train.sequence_length": 9,
         "train.global_batch_size": 8,
-        "data.train": load_manifest(folder).fingerprint(),
+        "train.sequence_lengths": [],
+        "data.num_streams": 4,
+        "data.shuffle_window": 20,
+        "data.skip": [],
+        "data.weights": [[0, {"": "1"}]],
+        "data.train": Source(folder).manifest.fingerprint(),
     }
+    assert made(folder, skip=[[40, 48]]).state(5) == stream.state(5)
+    assert made(folder, skip=[[39, 41]]).state(5) != stream.state(5)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 1100), st.integers(1, 7))
-def test_heldout_predicts_every_token_once(folder: Path, length: int, count: int) -> None:
-    heldout = HeldoutSet("heldout", folder, length)
-    predicted, contexts = [], []
-    for start in range(0, heldout.num_windows + count, count):  # goes past the end
-        batch = heldout.windows(start, count)
-        assert batch.labels.shape == (count, length)
-        assert batch.num_loss_tokens == NUM_TOKENS
-        predicted += batch.labels[batch.loss_mask == 1].tolist()
-        contexts += batch.input_ids[batch.loss_mask == 1].tolist()
-    assert predicted == list(range(NUM_TOKENS))
-    assert contexts == [EOD, *range(NUM_TOKENS - 1)]
-    assert (heldout.num_tokens, heldout.num_windows) == (NUM_TOKENS, -(-NUM_TOKENS // length))
-    assert heldout.num_text_bytes == load_manifest(folder).num_text_bytes
-
-
-def test_few_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of shards must not use up the descriptors."""
-    monkeypatch.setattr(stream_module, "MAX_OPEN_SHARDS", 2)
-    stream = TokenStream(folder)
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
-    for _ in range(3):
-        assert stream.read(0, NUM_TOKENS).tolist() == list(range(NUM_TOKENS))
-    if before is not None:
-        assert len(os.listdir("/proc/self/fd")) <= before + 2
-
-
-def test_pickles_small(folder: Path) -> None:
-    stream = PretrainStream(folder, seed=5, sequence_length=9, global_batch_size=8)
-    batches = stream.micro_batches(0, 0, 1, 8)
-    data = pickle.dumps(stream)
-    assert len(data) < 1000
-    assert np.array_equal(rows(pickle.loads(data).micro_batches(0, 0, 1, 8)), rows(batches))
-
-
-@pytest.mark.parametrize(
-    ("dp_rank", "dp_size", "micro", "message"),
-    [
-        (0, 5, 1, r"train\.global_batch_size=8 must be divisible by data_parallel_size=5"),
-        (0, 2, 3, r"train\.global_batch_size=8 must be divisible by .*train\.micro_batch_size=3"),
-        (0, 1, 0, r"train\.micro_batch_size=0"),
-        (2, 2, 1, "dp_rank=2"),
-    ],
-)
-def test_sizes_that_do_not_divide(folder: Path, dp_rank: int, dp_size: int, micro: int, message: str) -> None:
-    stream = PretrainStream(folder, seed=5, sequence_length=9, global_batch_size=8)
+@pytest.mark.parametrize(("dp_rank", "dp_size", "micro", "message"), [
+    (0, 1, 0, r"train\.micro_batch_size=0"),
+    (2, 2, 1, "dp_rank=2"),
+])  # fmt: skip
+def test_bad_ranks(folder: Path, dp_rank: int, dp_size: int, micro: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stream.micro_batches(0, dp_rank, dp_size, micro)
+        made(folder).micro_batches(0, dp_rank, dp_size, micro)
 
 
-def test_sequence_longer_than_the_set(folder: Path) -> None:
-    with pytest.raises(ValueError, match="sequence_length=1000 must be below the number of tokens.*: 1000"):
-        PretrainStream(folder, seed=5, sequence_length=1000, global_batch_size=8)
+def test_sequence_longer_than_any_shard(folder: Path) -> None:
+    with pytest.raises(ValueError, match="sequence_length=360 must be below .* tokens in a shard of .*: 360"):
+        made(folder, sequence_length=360)
