@@ -25,6 +25,7 @@ from megakor.config.schema import (
     PretrainConfig,
     ShardConfig,
     SimulateConfig,
+    TraceConfig,
     TrainConfig,
     TrainTokenizerConfig,
 )
@@ -295,6 +296,16 @@ def check_generate(config: GenerateConfig) -> None:
     share("top_p", config.top_p, low_open=True)
 
 
+def check_trace(config: TraceConfig) -> None:
+    given = [name for name in ("step", "document") if getattr(config, name) is not None] + ["spikes"] * config.spikes
+    if len(given) != 1:
+        raise ValueError(f"one of step=, document= and spikes=true must be given, not {' and '.join(given) or 'none'}")
+    positive("step", config.step)
+    positive("num_spikes", config.num_spikes)
+    positive("around", config.around, allow_zero=True)
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
 def check_demo(config: DemoConfig) -> None:
     size = config.pipeline_parallel_size
     require(size in (1, 2), "pipeline_parallel_size", size, "be 1 or 2: the demo runs two processes")
@@ -313,6 +324,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     InstructConfig: check_instruct,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
+    TraceConfig: check_trace,
     DemoConfig: check_demo,
 }
 

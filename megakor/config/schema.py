@@ -314,6 +314,19 @@ class GenerateConfig:
 
 
 @dataclass
+class TraceConfig:
+    """Which documents made a step's batch, which steps saw a document, what was read around the worst steps."""
+
+    run: str = key(help="folder of a pretraining run")
+    step: int | None = key(None, help="list what made this step's batch", unit="step")
+    document: str | None = key(None, help="list the steps that saw the document with this id")
+    spikes: bool = key(False, help="list what was read at the steps whose loss stands out most")
+    num_spikes: int = key(3, help="with spikes: how many of them", unit="steps")
+    around: int = key(0, help="with spikes: steps before and after each, too", unit="steps")
+    format: str = key("table", help="what to print: table, or json: one object a line")
+
+
+@dataclass
 class ReportConfig:
     """One self-contained HTML page about a run."""
 

@@ -38,6 +38,7 @@ VERBS = {
         Verb("shard", schema.ShardConfig, "tokenise text into Megatron .bin/.idx shards"),
         Verb("pretrain", schema.PretrainConfig, "train a model from scratch with DeepSpeed"),
         Verb("simulate", schema.SimulateConfig, "parameters, communication and memory of a layout, on fake tensors"),
+        Verb("trace", schema.TraceConfig, "which documents made a step, and which steps saw a document"),
         Verb("instruct", schema.InstructConfig, "go on from a checkpoint with instruction pairs"),
         Verb("export", schema.ExportConfig, "write a checkpoint as a Hugging Face folder and check it"),
         Verb("evaluate", schema.EvaluateConfig, "bits per byte on held-out text, beside simple models"),

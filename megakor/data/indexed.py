@@ -130,31 +130,29 @@ class IndexedWriter:
         self._temporary_idx.unlink(missing_ok=True)
 
 
-class IndexedReader:
-    """One shard, memory-mapped. Opening it costs the header alone, whatever its size.
+class Index:
+    """What an index file says, memory-mapped. Opening it costs the header alone, whatever its size.
 
-    `tokens` [num_tokens], `sequence_lengths` [n] in tokens, `sequence_offsets` [n] in bytes and `document_indices` [d]
-    are read-only views. Raises ValueError naming the file when it is no such index, or when sizes contradict it.
+    `sequence_lengths` [n] in tokens, `sequence_offsets` [n] in bytes and `document_indices` [d] are read-only views.
+    Raises ValueError naming the file when it is no such index, or when its size contradicts it.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
-        index = idx_path(prefix)
-        with index.open("rb") as stream:
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as stream:
             header = stream.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise ValueError(f"{index}: must begin with the header of a Megatron index (MMIDIDX)")
+            raise ValueError(f"{path}: must begin with the header of a Megatron index (MMIDIDX)")
         _, version, code, num_sequences, num_indices = HEADER.unpack(header)
         if version != VERSION or code not in DTYPES:
-            raise ValueError(f"{index}: version={version} must be {VERSION} and type code={code} one of {list(DTYPES)}")
+            raise ValueError(f"{path}: version={version} must be {VERSION} and type code={code} one of {list(DTYPES)}")
         self.dtype = DTYPES[code]
         needed = HEADER.size + num_sequences * (4 + 8) + num_indices * 8
-        actual = index.stat().st_size
+        actual = path.stat().st_size
         if actual < needed:
             raise ValueError(
-                f"{index}: size={actual} must be at least {needed} for {num_sequences} sequences: truncated"
+                f"{path}: size={actual} must be at least {needed} for {num_sequences} sequences: truncated"
             )
-        raw = np.asarray(np.memmap(index, mode="r"))
+        raw = np.asarray(np.memmap(path, mode="r"))
         lengths_end = HEADER.size + num_sequences * 4
         offsets_end = lengths_end + num_sequences * 8
         self.sequence_lengths = raw[HEADER.size : lengths_end].view("<i4")
@@ -164,6 +162,21 @@ class IndexedReader:
         if num_sequences:
             size = int(self.sequence_offsets[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
         self.num_tokens = size // self.dtype.itemsize
+
+    def document_starts(self) -> np.ndarray:
+        """Where each document begins, in tokens, and where the last ends: int64 [num_documents + 1]."""
+        starts = np.append(self.sequence_offsets // self.dtype.itemsize, self.num_tokens)
+        return starts[self.document_indices]
+
+
+class IndexedReader:
+    """One shard, memory-mapped: `tokens` [num_tokens] besides its index."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.index = Index(idx_path(prefix))
+        self.dtype, self.num_tokens = self.index.dtype, self.index.num_tokens
+        self.sequence_lengths, self.sequence_offsets = self.index.sequence_lengths, self.index.sequence_offsets
+        self.document_indices = self.index.document_indices
         self.tokens = map_tokens(bin_path(prefix), self.dtype, self.num_tokens)
 
     @property

@@ -119,6 +119,13 @@ class Mixture:
             chosen[here], places[here] = sources[positions[here] % self.block], numbers[positions[here] % self.block]
         return chosen, places
 
+    def drawn(self, position: int) -> list[int]:
+        """How often each source has been drawn from, at most, before the end of the block that a position is in."""
+        end = -(-position // self.block) * self.block
+        if self.end is not None:
+            end = min(end, self.end)
+        return next(phase for phase in reversed(self.phases) if phase.start <= max(end - 1, 0)).quotas(end)
+
     def positions(self, source: int, numbers: np.ndarray) -> np.ndarray:
         """Where a source's positions come in the stream: int64 [n]; -1 for those that never come."""
         return np.array([self._position(source, int(number)) for number in numbers], dtype=np.int64)

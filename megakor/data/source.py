@@ -6,9 +6,12 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from megakor.data.indexed import map_tokens
+from megakor.data.indexed import Index, map_tokens
 from megakor.data.manifest import LocalFolder, load_manifest
+from megakor.data.shards import SUFFIXES
 
 MAX_OPEN_SHARDS = 256  # each holds a file descriptor; processes are commonly allowed 1,024
 
@@ -83,3 +86,16 @@ class Source:
         else:
             self._open.move_to_end(shard)
         return tokens
+
+    def document_starts(self, shard: int) -> np.ndarray:
+        """Where each document of a shard begins, in tokens, and where the last ends: int64 [num_documents + 1]."""
+        name, _ = self.manifest.shards[shard].file("idx")
+        return Index(self.folder.path / name).document_starts()
+
+    def origins(self, shard: int) -> pa.Table | None:
+        """`id` and `source` of each document of a shard, in order; None for a shard of another maker."""
+        entry = self.manifest.shards[shard]
+        if entry.prefix + SUFFIXES["documents"] not in entry.files:
+            return None
+        name, _ = entry.file("documents")
+        return pq.read_table(self.folder.path / name)

@@ -145,14 +145,10 @@ class PretrainStream:
             tokens[row, : len(sample)] = sample
             mask[row, : num_labels[number]] = 1.0
         cut = (len(tokens) * length // taken.sequence_length, taken.sequence_length)
-        inputs, labels, mask = tokens[:, :-1].reshape(cut), tokens[:, 1:].reshape(cut), mask.reshape(cut)
+        inputs, labels, masks = (values.reshape(cut) for values in (tokens[:, :-1], tokens[:, 1:], mask))
         size, num_loss_tokens = cut[0] // num_micro_batches, int(num_labels.sum())
-        return [
-            Batch(
-                inputs[first : first + size], labels[first : first + size], mask[first : first + size], num_loss_tokens
-            )
-            for first in range(0, cut[0], size)
-        ]
+        parts = [slice(first, first + size) for first in range(0, cut[0], size)]
+        return [Batch(inputs[part], labels[part], masks[part], num_loss_tokens) for part in parts]
 
     @property
     def _eod_id(self) -> int:

@@ -242,7 +242,7 @@ def _checkpoints(run: Path, saves: Sequence[Record]) -> list[Checkpoint]:
 
 def _shards_of_run(config: tuple[str | None, dict[str, Any]]) -> dict[str, Path]:
     data = config[1].get("data") or {}
-    named = {"train": data.get("train"), **(data.get("validation") or {})}
+    named = {"train": data.get("train"), **(data.get("sources") or {}), **(data.get("validation") or {})}
     return {name: Path(folder) for name, folder in named.items() if folder}
 
 
