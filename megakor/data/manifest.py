@@ -89,7 +89,7 @@ class Manifest:
         identity = [self.version, self.tokenizer_fingerprint, self.vocab_size, self.eod_id, self.dtype]
         digest = hashlib.sha256(json.dumps(identity, separators=(",", ":")).encode())
         digest.update(self.shards.num_tokens.astype("<i8").tobytes())
-        digest.update(b"".join(self.shards.digests()))
+        digest.update(self.shards.digests.tobytes())
         return digest.hexdigest()
 
     def check_tokenizer(self, fingerprint: str, key: str) -> None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,15 +27,18 @@ SUFFIXES = {"bin": ".bin", "idx": ".idx", "documents": ".documents.parquet"}
 
 COUNTS = ("num_tokens", "num_documents", "num_bytes", "num_replaced")
 
+PLAIN = re.compile(r"[\w-]+(/[\w-]+)*")
+"""Prefixes that are certain to stay in their folder; the others are looked at one by one."""
+
 SCHEMA = pa.schema(
     [
         pa.field("prefix", pa.string(), nullable=False),
         *(pa.field(name, pa.int64(), nullable=False) for name in COUNTS),
-        pa.field("text_sha256", pa.binary()),
+        pa.field("text_sha256", pa.binary(32)),
         *(
             pa.field(f"{name}_{what}", kind)
             for name in SUFFIXES
-            for what, kind in (("size", pa.int64()), ("sha256", pa.binary()))
+            for what, kind in (("size", pa.int64()), ("sha256", pa.binary(32)))
         ),
         pa.field("sources", pa.list_(pa.string())),
     ]
@@ -73,12 +77,13 @@ class Shards(Sequence[ShardEntry]):
     @classmethod
     def from_bytes(cls, content: bytes) -> Shards:
         """From a Parquet file's content. ValueError where it is none of shards, or names a file outside its folder."""
-        table = pq.read_table(io.BytesIO(content))
+        table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)  # read_table would import pandas
         if table.schema.names != SCHEMA.names:
             raise ValueError(f"columns={table.schema.names} must be {SCHEMA.names}")
         shards = cls(table.cast(SCHEMA))
         for prefix in shards.prefixes:
-            check_name(prefix)
+            if not PLAIN.fullmatch(prefix):
+                check_name(prefix)
         return shards
 
     def to_bytes(self) -> bytes:
@@ -93,25 +98,35 @@ class Shards(Sequence[ShardEntry]):
     @cached_property
     def num_tokens(self) -> np.ndarray:
         """Of each shard: int64 [num_shards]."""
-        return self._table["num_tokens"].to_numpy()
+        return self._column("num_tokens")
 
     @property
     def bin_sizes(self) -> np.ndarray:
         """Bytes of each shard's tokens: int64 [num_shards]."""
-        return self._table["bin_size"].to_numpy()
+        return self._column("bin_size")
 
     def total(self, count: str) -> int:
         """Of one of `COUNTS` over all shards."""
-        return int(self._table[count].to_numpy().sum())
+        return int(self._column(count).sum())
 
     @property
     def sources(self) -> list[str]:
         flat = self._table["sources"].combine_chunks().flatten()
         return sorted(flat.unique().to_pylist())
 
-    def digests(self) -> list[bytes]:
-        """The SHA-256 of each shard's tokens."""
-        return self._table["bin_sha256"].to_pylist()
+    def _column(self, name: str) -> np.ndarray:
+        """A column of numbers: int64 [num_shards]. Arrow's own way to NumPy would import pandas."""
+        column = self._table[name]
+        return np.from_dlpack(column.chunk(0)) if len(column) else np.empty(0, np.int64)
+
+    @property
+    def digests(self) -> np.ndarray:
+        """The SHA-256 of each shard's tokens: uint8 [num_shards, 32]."""
+        column = self._table["bin_sha256"]
+        if not len(column):
+            return np.empty((0, 32), np.uint8)
+        _, values = column.chunk(0).buffers()
+        return np.frombuffer(values, np.uint8).reshape(-1, 32)[column.chunk(0).offset :][: len(column)]
 
     def __len__(self) -> int:
         return len(self._table)
@@ -156,7 +171,7 @@ def shard_entry(raw: Mapping[str, Any]) -> ShardEntry:
 
 def _row(entry: ShardEntry) -> dict[str, Any]:
     row: dict[str, Any] = {name: getattr(entry, name) for name in ("prefix", *COUNTS, "sources")}
-    row["text_sha256"] = bytes.fromhex(entry.text_sha256)
+    row["text_sha256"] = bytes.fromhex(entry.text_sha256) or None
     for column, suffix in SUFFIXES.items():
         record = entry.files.get(entry.prefix + suffix)
         row[f"{column}_size"] = record and record.size

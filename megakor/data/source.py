@@ -98,4 +98,4 @@ class Source:
         if entry.prefix + SUFFIXES["documents"] not in entry.files:
             return None
         name, _ = entry.file("documents")
-        return pq.read_table(self.folder.path / name)
+        return pq.ParquetFile(self.folder.path / name).read()
