@@ -113,9 +113,13 @@ class Mixture:
         following = self.phases[self.phases.index(phase) + 1 :]
         if not phase.weights[source]:
             return -1
-        block = bisect.bisect_right(
-            range(2**62), number, key=lambda block: phase.quotas(phase.start + block * BLOCK)[source]
-        ) - 1 + phase.start // BLOCK
+        block = (
+            bisect.bisect_right(
+                range(2**62), number, key=lambda block: phase.quotas(phase.start + block * BLOCK)[source]
+            )
+            - 1
+            + phase.start // BLOCK
+        )
         if following and block * BLOCK >= following[0].start:
             return -1
         sources, numbers = self._block(block)
