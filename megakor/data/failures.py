@@ -8,8 +8,12 @@ import re
 from collections.abc import Iterator
 
 PASSING_STATUS = {408, 425, 429}  # with these and 5xx, HTTP asks to come again
-PASSING = {"HTTPClientError", "ResponseParserError", "ClientConnectionError", "ClientPayloadError", "TransportError"}
-"""Errors of connections that are no OSError: names in botocore, aiohttp and httpx, which may not be installed."""
+PASSING = {
+    "HTTPClientError", "ResponseParserError", "FlexibleChecksumError",  # botocore
+    "ClientConnectionError", "ClientPayloadError",  # aiohttp
+    "TransportError", "ChecksumError",  # httpx, gcsfs
+}  # fmt: skip
+"""Errors of connections that are no OSError, by name: their packages may not be installed."""
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 EXTRAS = {"s3": "megakor[s3]", "s3a": "megakor[s3]", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 _S3 = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or a role of the machine"
@@ -64,12 +68,14 @@ def status_of(error: BaseException) -> int | None:
 
 
 def may_pass(error: BaseException) -> bool:
+    # First: aiohttp calls a body that breaks off a status 400.
+    if any(kind.__name__ in PASSING for cause in _chain(error) for kind in type(cause).__mro__):
+        return True
     status = status_of(error)
     if status is not None:
         return status >= 500 or status in PASSING_STATUS
-    if isinstance(error, (OSError, EOFError, asyncio.TimeoutError)):
-        return not isinstance(error, PERMANENT)
-    return any(kind.__name__ in PASSING for cause in _chain(error) for kind in type(cause).__mro__)
+    passing = isinstance(error, (OSError, EOFError, asyncio.TimeoutError))
+    return passing and not isinstance(error, PERMANENT)
 
 
 def without_secrets(text: str) -> str:
