@@ -19,9 +19,13 @@ class Faulty:
     def __init__(self, app: Callable) -> None:
         self.app = app
         self.lock = threading.Lock()
+        self.go = threading.Event()
         self.reset()
 
     def reset(self) -> None:
+        self.go.set()
+        self.go = threading.Event()  # lets answers that hang go on
+        self.hanging: dict[str, int] = {}  # name: answers before one hangs
         self.failing = 0.0  # part of GET requests that end in 503
         self.truncated: dict[str, int] = {}  # name: the next answers that break off in the middle
         self.corrupt: dict[str, int] = {}  # name: the next answers of the same size with other bytes
@@ -46,11 +50,15 @@ class Faulty:
             fails = self.random.random() < self.failing
             truncated, corrupt = (not fails and self.take(faults, path) for faults in (self.truncated, self.corrupt))
             delay = next((seconds for name, seconds in self.slow.items() if path.endswith(name)), 0.0)
+            given = sum(earlier.endswith(name) for name in self.hanging for earlier, _ in self.gets if path == earlier)
+            hangs = any(path.endswith(name) and given > answers for name, answers in self.hanging.items())
             for fault, fired in (("503", fails), ("truncated", truncated), ("corrupt", corrupt), ("slow", delay)):
                 self.counts[fault] += bool(fired)
         if fails:
             start_response("503 Service Unavailable", [("Content-Length", "0")])
             return []
+        if hangs:
+            self.go.wait(60)
         body = b"".join(self.app(environ, start_response))
         if corrupt:
             body = bytes([body[0] ^ 1]) + body[1:]
