@@ -217,6 +217,7 @@ class PairsConfig:
     files: list[str] = key([], help="files or globs; empty: the sample's own pairs")
     validation_ratio: float = key(0.05, help="share of the pairs held out")
     max_pairs: int | None = key(None, help="use at most so many pairs", unit="pairs")
+    packing: bool = key(True, help="lay several pairs into a row; none sees another")
     on_error: OnError = key(OnError.stop, help="a row that cannot be read: stop or skip")
 
 

@@ -26,12 +26,17 @@ from megakor.data.source import Source
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. `num_loss_tokens` belongs to the whole it is part of: divide the summed loss by it."""
+    """One micro-batch.
+
+    `num_loss_tokens` belongs to the whole it is part of: divide the summed loss by it. With `documents`, positions
+    begin anew at each document of a row, and tokens attend within theirs; without, a row is one stretch.
+    """
 
     input_ids: np.ndarray  # [micro_batch, sequence_length] int64
     labels: np.ndarray  # [micro_batch, sequence_length] int64
     loss_mask: np.ndarray  # [micro_batch, sequence_length] float32: 1 where the label counts
     num_loss_tokens: int  # unmasked labels of the global batch (training) or of the whole set (validation)
+    documents: np.ndarray | None = None  # [micro_batch, sequence_length] int32: the input token's, rising within a row
 
 
 @dataclass(frozen=True)

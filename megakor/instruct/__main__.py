@@ -40,9 +40,11 @@ def run(config: InstructConfig) -> None:
             seed=size.seed,
             sequence_length=size.sequence_length,
             global_batch_size=size.global_batch_size,
+            packing=config.pairs.packing,
         )
         examples = tokenise(held_out, tokenizer, size.sequence_length)
-        heldout = [HeldoutPairs("pairs", examples, tokenizer.eod_id, size.sequence_length)] if examples else []
+        shape = tokenizer.eod_id, size.sequence_length, config.pairs.packing
+        heldout = [HeldoutPairs("pairs", examples, *shape)] if examples else []
         checkpoint = resume_point(config)
         first_step = 0
         if checkpoint is not None:

@@ -1,6 +1,8 @@
-"""Pairs as batches: prompt, answer and end token in one row, the loss on answer and end token only.
+"""Pairs as batches: prompt, answer and end token, the loss on answer and end token only.
 
-The order is the pretraining stream's pure function, and so is every batch.
+    pairs ─► examples ─► rows, packed or of one example each ─► batches
+
+The order of rows is the pretraining stream's pure function, and so is every batch.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from megakor.data.order import ORDER_VERSION, sample_ids
+from megakor.data.order import ORDER_VERSION, SourceOrder
 from megakor.data.stream import Batch
+from megakor.instruct.packing import pack
 from megakor.instruct.pairs import Pair
 from megakor.instruct.template import render_answer, render_prompt
 from megakor.logs import get_logger
@@ -33,6 +36,11 @@ class Example:
     @property
     def num_loss_tokens(self) -> int:
         return len(self.ids) - self.prompt_length
+
+    @property
+    def num_inputs(self) -> int:
+        """Positions that it takes in a row: its last token is a label alone."""
+        return len(self.ids) - 1
 
 
 def tokenise(pairs: Sequence[Pair], tokenizer: Tokenizer, sequence_length: int) -> list[Example]:
@@ -56,18 +64,51 @@ def tokenise(pairs: Sequence[Pair], tokenizer: Tokenizer, sequence_length: int) 
     return examples
 
 
-def pad(examples: Sequence[Example], rows: int, sequence_length: int, eod_id: int, num_loss_tokens: int) -> Batch:
-    """Examples as a batch of `rows` rows [rows, seq]; missing rows and padding are end tokens with mask 0."""
-    tokens = np.full((rows, sequence_length + 1), eod_id, dtype=np.int64)
-    mask = np.zeros((rows, sequence_length), dtype=np.float32)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.ids)] = example.ids
-        mask[row, example.prompt_length - 1 : len(example.ids) - 1] = 1.0
-    return Batch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), mask, num_loss_tokens)
+class Rows:
+    """Examples laid out in rows; each is a document of its row, and what is left of a row is another.
+
+    Args:
+        examples: tokenised pairs that fit.
+        eod_id: end token, which also pads.
+        sequence_length: tokens in a row.
+        packing: whether examples share rows.
+    """
+
+    def __init__(self, examples: Sequence[Example], eod_id: int, sequence_length: int, packing: bool) -> None:
+        self.eod_id, self.sequence_length, self.packing = eod_id, sequence_length, packing
+        lengths = [example.num_inputs for example in examples]
+        shared = pack(lengths, sequence_length) if packing else [[number] for number in range(len(examples))]
+        self.rows = [[examples[number] for number in numbers] for numbers in shared]
+        self.fill = sum(lengths) / max(1, len(self.rows) * sequence_length)
+
+    def num_loss_tokens(self, rows: Sequence[int]) -> int:
+        """Unmasked labels of rows."""
+        return sum(example.num_loss_tokens for row in rows for example in self.rows[row])
+
+    def batch(self, rows: Sequence[int], count: int, num_loss_tokens: int) -> Batch:
+        """Rows as a batch of `count`; missing rows and padding are end tokens with mask 0.
+
+        An example's inputs are all its tokens but the last, its labels all but the first: no label is of another.
+        Alone in its row, an example has nothing before it, so rows that are not packed say nothing of documents.
+        """
+        shape = count, self.sequence_length
+        inputs, labels = (np.full(shape, self.eod_id, dtype=np.int64) for _ in range(2))
+        mask, documents = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int32)
+        for index, row in enumerate(rows):
+            start = 0
+            for number, example in enumerate(self.rows[row]):
+                end = start + example.num_inputs
+                inputs[index, start:end] = example.ids[:-1]
+                labels[index, start:end] = example.ids[1:]
+                mask[index, start + example.prompt_length - 1 : end] = 1.0
+                documents[index, start:end] = number
+                start = end
+            documents[index, start:] = len(self.rows[row])
+        return Batch(inputs, labels, mask, num_loss_tokens, documents if self.packing else None)
 
 
 class PairStream:
-    """The endless shuffled stream of pairs.
+    """The endless shuffled stream of rows of pairs.
 
     Args:
         examples: tokenised training pairs.
@@ -75,28 +116,39 @@ class PairStream:
         seed: seed of the order.
         sequence_length: tokens in a row.
         global_batch_size: rows in a step.
+        packing: whether pairs share rows.
     """
 
     def __init__(
-        self, examples: Sequence[Example], eod_id: int, *, seed: int, sequence_length: int, global_batch_size: int
+        self,
+        examples: Sequence[Example],
+        eod_id: int,
+        *,
+        seed: int,
+        sequence_length: int,
+        global_batch_size: int,
+        packing: bool,
     ) -> None:
-        self.examples, self.eod_id, self.seed = examples, eod_id, seed
-        self.sequence_length, self.global_batch_size = sequence_length, global_batch_size
+        self.examples, self.seed, self.global_batch_size = examples, seed, global_batch_size
+        self.rows = Rows(examples, eod_id, sequence_length, packing)
+        num_rows = len(self.rows.rows)
+        self.order = SourceOrder(
+            np.array([num_rows]), seed=seed, name="pairs", window=num_rows
+        )  # packed, long come first
         self.num_tokens_per_step = global_batch_size * sequence_length
+        log.info("%d pairs in %d rows, %.0f %% full", len(examples), num_rows, 100 * self.rows.fill)
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
         """Data rank `dp_rank`'s micro-batches of global batch `step`, counted from 0."""
         start = step * self.global_batch_size
-        chosen = sample_ids(self.seed, len(self.examples), start, self.global_batch_size)
-        batch = [self.examples[index] for index in chosen]
-        num_loss_tokens = sum(example.num_loss_tokens for example in batch)
+        chosen = self.order.at(np.arange(start, start + self.global_batch_size)).samples.tolist()
+        num_loss_tokens = self.rows.num_loss_tokens(chosen)
         part = self.global_batch_size // dp_size
-        own = batch[dp_rank * part : (dp_rank + 1) * part]
+        own = chosen[dp_rank * part : (dp_rank + 1) * part]
         return [
-            pad(own[first : first + micro_batch_size], micro_batch_size, self.sequence_length, self.eod_id,
-                num_loss_tokens)
+            self.rows.batch(own[first : first + micro_batch_size], micro_batch_size, num_loss_tokens)
             for first in range(0, part, micro_batch_size)
-        ]  # fmt: skip
+        ]
 
     def state(self) -> dict[str, Any]:
         """What every batch depends on besides its step, by configuration key; a resumed run must have the same."""
@@ -106,21 +158,25 @@ class PairStream:
         return {
             "order_version": ORDER_VERSION,
             "train.seed": self.seed,
-            "train.sequence_length": self.sequence_length,
+            "train.sequence_length": self.rows.sequence_length,
             "train.global_batch_size": self.global_batch_size,
             "pairs.files": digest.hexdigest(),
+            "pairs.packing": self.rows.packing,
         }
 
 
 class HeldoutPairs:
     """Held-out pairs; only answers and end tokens count."""
 
-    def __init__(self, name: str, examples: Sequence[Example], eod_id: int, sequence_length: int) -> None:
-        self.name, self.examples, self.eod_id, self.sequence_length = name, examples, eod_id, sequence_length
-        self.num_windows = len(examples)
+    def __init__(
+        self, name: str, examples: Sequence[Example], eod_id: int, sequence_length: int, packing: bool
+    ) -> None:
+        self.name, self.rows = name, Rows(examples, eod_id, sequence_length, packing)
+        self.num_windows = len(self.rows.rows)
         self.num_tokens = sum(example.num_loss_tokens for example in examples)
         self.num_text_bytes = sum(example.answer_bytes for example in examples)
 
     def windows(self, start: int, count: int) -> Batch:
-        """Pairs start … start + count - 1 as rows; rows past the last pair are masked whole."""
-        return pad(self.examples[start : start + count], count, self.sequence_length, self.eod_id, self.num_tokens)
+        """Rows start … start + count - 1; rows past the last are masked whole."""
+        chosen = range(self.num_windows)[start : start + count]
+        return self.rows.batch(chosen, count, self.num_tokens)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megakor.config.schema import EngineConfig, ModelConfig
+from megakor.model.documents import Attending, Documents, one_by_one
 from megakor.model.dropout import DropoutCounter
 from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
 from megakor.model.parameters import ParameterSpec, Shard, parameter_specs
@@ -47,6 +48,7 @@ class Built:
         named: its parameters by canonical name.
         held: how it holds each of them.
         counter: what seeds its dropout.
+        documents: what tells it the documents of its micro-batches.
         vocabulary: the columns of its logits.
     """
 
@@ -54,6 +56,7 @@ class Built:
     named: list[tuple[str, nn.Parameter]]
     held: dict[str, Held]
     counter: DropoutCounter
+    documents: Documents
     vocabulary: VocabularyShard
 
     def loss(self, logits: torch.Tensor, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -67,7 +70,9 @@ def loss(logits: torch.Tensor, batch: tuple[torch.Tensor, ...], shard: Vocabular
     return vocabulary_loss(logits, labels, loss_mask, scale, shard)
 
 
-def parts_of(config: EngineConfig, groups: Groups, dtype: torch.dtype, device: torch.device) -> Parts:
+def parts_of(
+    config: EngineConfig, groups: Groups, dtype: torch.dtype, device: torch.device, attending: Attending = one_by_one
+) -> Parts:
     """What this rank's model is made of."""
     dims = groups.dims
     data, context, tensor = (groups.position(axis) for axis in ("data", "context", "tensor"))
@@ -84,6 +89,7 @@ def parts_of(config: EngineConfig, groups: Groups, dtype: torch.dtype, device: t
         config.train.activation_checkpointing,
         config.train.activation_checkpointing_interval,
         counter,
+        Documents(attending),
     )
 
 
@@ -95,6 +101,7 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     loss_chunk: int,
+    attending: Attending = one_by_one,
 ) -> Built:
     """This rank's part of the model; every rank calls.
 
@@ -104,6 +111,7 @@ def build(
         dtype: of the weights in forward and backward passes.
         device: where to allocate them.
         loss_chunk: logits that the loss works through at a time.
+        attending: attention within documents.
 
     Raises:
         ValueError: the tensor ranks cannot split the vocabulary.
@@ -114,7 +122,7 @@ def build(
         raise ValueError(
             f"model.vocab_size={model.vocab_size} must be divisible by parallel.tensor_parallel_size={dims.tensor}"
         )
-    parts = parts_of(config, groups, dtype, device)
+    parts = parts_of(config, groups, dtype, device, attending)
     vocabulary = VocabularyShard.of(groups, model.vocab_size, num_tokens, loss_chunk)
     module: nn.Module
     if dims.pipeline > 1:
@@ -133,4 +141,4 @@ def build(
         tied_elsewhere = getattr(parameter, "ds_pipe_replicated", False)
         whole_elsewhere = shard.count == 1 and tensor > 0
         held[name] = Held(specs[name], shard, tied_elsewhere, tied_elsewhere or whole_elsewhere)
-    return Built(module, named, held, parts.counter, vocabulary)
+    return Built(module, named, held, parts.counter, parts.documents, vocabulary)

@@ -81,7 +81,7 @@ class GPTNeoXPipeline(PipelineModule):
         self, config: ModelConfig, parts: Parts, dims: ParallelDims, partition: str, loss_fn: Callable
     ) -> None:
         layers = layer_specs(config, parts)
-        self.prefixes, self.counter = [prefix for prefix, _ in layers], parts.counter
+        self.prefixes, self.next_micro_batch = [prefix for prefix, _ in layers], parts.next_micro_batch
         super().__init__(
             layers=[spec for _, spec in layers],
             topology=pipeline_topology(dims),
@@ -92,7 +92,7 @@ class GPTNeoXPipeline(PipelineModule):
 
     def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
         """The stage's layers over one micro-batch."""
-        self.counter.next_micro_batch()
+        self.next_micro_batch()
         return super().forward(forward_input)
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

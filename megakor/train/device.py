@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 
 from megakor.config.schema import Precision
+from megakor.model.documents import Attending, all_at_once, one_by_one
 
 HOST = "cpu"
 """DeepSpeed's name of where offloaded state is kept."""
@@ -40,6 +41,14 @@ def is_cpu() -> bool:
 def loss_chunk() -> int:
     """Logits that the loss works through at a time on this rank's device."""
     return HOST_LOSS_CHUNK if is_cpu() else ACCELERATOR_LOSS_CHUNK
+
+
+def attending(precision: Precision) -> Attending:
+    """How this rank's device attends within documents: by FlashAttention where it has it, in half precision."""
+    if device().type != "cuda" or precision is Precision.fp32 or torch.__version__ < (2, 13):  # type: ignore[operator]
+        return one_by_one
+    since_ampere = torch.get_device_module(device()).get_device_capability() >= (8, 0)
+    return all_at_once if since_ampere else one_by_one
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,13 +24,14 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from megakor.checkpoint.format import WEIGHT
 from megakor.config.schema import EngineConfig, ModelConfig
 from megakor.data.stream import Batch
+from megakor.model.documents import Borders
 from megakor.model.gpt_neox import Block
 from megakor.parallel.build import Built, build
 from megakor.parallel.context import own_part
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups, ModelParallelUnit
 from megakor.train.adafactor import Sharing
-from megakor.train.device import DTYPES, device, loss_chunk, to_device, without_compiler
+from megakor.train.device import DTYPES, attending, device, loss_chunk, to_device, without_compiler
 from megakor.train.fragments import flats, fragments, is_partitioned, own_range
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
@@ -105,8 +106,11 @@ class Engine:
         """Make this rank's part of the model, with its weights."""
         partitioned = config.parallel.zero_stage == 3
         with self._partitioning(config) if partitioned else nullcontext():
-            dtype = DTYPES[config.train.precision]
-            self.built = build(config, self.model, self.num_tokens, self.groups, dtype, device(), loss_chunk())
+            precision = config.train.precision
+            self.built = build(
+                config, self.model, self.num_tokens, self.groups, DTYPES[precision], device(), loss_chunk(),
+                attending(precision),
+            )  # fmt: skip
         self._fill(values)
         if config.train.compile:
             for module in self.built.module.modules():
@@ -223,6 +227,11 @@ class Engine:
             self.engine.reset_activation_shape()
         self.sequence_length = sequence_length
 
+    @staticmethod
+    def borders(batch: Batch) -> Borders | None:
+        """The borders of a batch's documents; every rank of a replica needs those of the whole sequences."""
+        return None if batch.documents is None else Borders.of(torch.from_numpy(batch.documents), to_device)
+
     def train_step(self, batches: list[Batch], lr: float, step: int) -> StepResult:
         """One optimizer step over this replica's micro-batches of a global batch.
 
@@ -238,6 +247,7 @@ class Engine:
             group["lr"] = lr
         self.built.counter.start_step(step)
         self._expect(len(batches), batches[0].input_ids.shape[1])
+        self.built.documents.start(map(self.borders, batches))
         scale = len(batches) * self.dims.replicas / batches[0].num_loss_tokens
         feed = (self.tensors(batch, scale) for batch in batches)
         if self.pipelined:
@@ -263,19 +273,21 @@ class Engine:
         per_round = self.micro_batch_size * self.dims.data
         rounds = -(-heldout.num_windows // per_round)
 
-        def feed() -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+        def batches() -> Iterator[Batch]:
             for index in range(rounds):
                 start = (index * self.dims.data + self.data_rank) * self.micro_batch_size
-                yield self.tensors(heldout.windows(start, self.micro_batch_size), 1.0)
+                yield heldout.windows(start, self.micro_batch_size)
 
         self._expect(self.num_micro_batches, heldout.sequence_length)
+        self.built.documents.start(map(self.borders, batches()))  # by itself: the stages between draw from no feed
+        feed = (self.tensors(batch, 1.0) for batch in batches())
         if self.pipelined:
-            mean = self.engine.eval_batch(feed(), num_micro_batches=rounds)
+            mean = self.engine.eval_batch(feed, num_micro_batches=rounds)
             return float(mean) * rounds * self.dims.data
         self.engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         with torch.no_grad():
-            for input_ids, labels in feed():
+            for input_ids, labels in feed:
                 total += self.built.loss(self.engine(input_ids), labels)
         self.engine.train()
         dist.all_reduce(total, group=self.groups.replicas)

@@ -82,6 +82,7 @@ class Layout:
     Attributes:
         num_layers: with four stages there must be four; without stages two say as much in less time.
         variant: one of `VARIANTS`.
+        documents: whether rows hold several documents.
     """
 
     ranks: int = 1
@@ -95,6 +96,7 @@ class Layout:
     precision: str = "fp32"
     variant: str = ""
     num_layers: int = 2
+    documents: bool = False
 
     @property
     def data(self) -> int:
@@ -122,6 +124,7 @@ class Layout:
             precision=precision,
             variant=self.variant if trains_otherwise else "",
             num_layers=self.num_layers,
+            documents=self.documents,
         )
 
     @property
@@ -204,11 +207,11 @@ def is_legal(layout: Layout) -> bool:
     return True
 
 
-def micro_batches(step: int, dims: ParallelDims, rank: int, size: int) -> list[Batch]:
+def micro_batches(step: int, dims: ParallelDims, rank: int, size: int, with_documents: bool) -> list[Batch]:
     """A rank's part of a global batch that depends on the step alone.
 
     Low tokens are frequent, so that there is something to learn. Sequences differ in their share of unmasked labels,
-    and one has none: a mean of means would show.
+    and one has none: a mean of means would show. Documents begin at other places in every row.
     """
     generator = np.random.default_rng((7, step))
     drawn = generator.random((GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH + 1))
@@ -216,10 +219,15 @@ def micro_batches(step: int, dims: ParallelDims, rank: int, size: int) -> list[B
     shares = generator.random((GLOBAL_BATCH_SIZE, 1))
     mask = (generator.random((GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)) < shares).astype(np.float32)
     mask[generator.integers(GLOBAL_BATCH_SIZE)] = 0.0
+    begins = np.random.default_rng((8, step)).random((GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)) < 0.2
+    documents = begins.cumsum(axis=1, dtype=np.int32)
     part = GLOBAL_BATCH_SIZE // dims.data
     start = dims.data_rank(rank) * part
     rows = [slice(first, first + size) for first in range(start, start + part, size)]
-    return [Batch(tokens[row, :-1], tokens[row, 1:], mask[row], int(mask.sum())) for row in rows]
+    return [
+        Batch(tokens[row, :-1], tokens[row, 1:], mask[row], int(mask.sum()), documents[row] if with_documents else None)
+        for row in rows
+    ]
 
 
 def train_one(layout: Layout, num_steps: int) -> Curve:
@@ -229,7 +237,7 @@ def train_one(layout: Layout, num_steps: int) -> Curve:
         engine = Engine(config, config.model, NUM_TOKENS, dims, SeededValues(config.model, config.train.seed))
     curve = []
     for step in range(num_steps):
-        batches = micro_batches(step, dims, dist.get_rank(), layout.micro_batch)
+        batches = micro_batches(step, dims, dist.get_rank(), layout.micro_batch, layout.documents)
         lr = learning_rate(config.schedule, config.optimizer.lr, step, NUM_STEPS)
         result = engine.train_step(batches, lr, step)
         curve.append((result.loss, result.grad_norm))

@@ -53,19 +53,23 @@ def tokens(step: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, NUM_TOKENS, (GLOBAL_BATCH, SEQ + 1)), mask
 
 
-def micro_batches(step: int, data_rank: int = 0, data: int = 1) -> list[Batch]:
-    """A data rank's part of the global batch of a step."""
+def micro_batches(step: int, data_rank: int = 0, data: int = 1, with_documents: bool = False) -> list[Batch]:
+    """A data rank's part of the global batch of a step; documents begin at other places in every row."""
     ids, mask = tokens(step)
+    documents = (np.random.default_rng((1, step)).random(mask.shape) < 0.2).cumsum(axis=1, dtype=np.int32)
     share = GLOBAL_BATCH // data
     starts = range(data_rank * share, (data_rank + 1) * share, MICRO_BATCH)
     parts = [slice(start, start + MICRO_BATCH) for start in starts]
-    return [Batch(ids[part, :-1], ids[part, 1:], mask[part], int(mask.sum())) for part in parts]
+    return [
+        Batch(ids[part, :-1], ids[part, 1:], mask[part], int(mask.sum()), documents[part] if with_documents else None)
+        for part in parts
+    ]
 
 
-def train(engine: Engine, num_steps: int) -> list[StepResult]:
+def train(engine: Engine, num_steps: int, with_documents: bool = False) -> list[StepResult]:
     """The first steps of a run."""
     return [
-        engine.train_step(micro_batches(step, engine.data_rank, engine.dims.data), LR, step)
+        engine.train_step(micro_batches(step, engine.data_rank, engine.dims.data, with_documents), LR, step)
         for step in range(num_steps)
     ]
 

@@ -13,16 +13,19 @@ from megakor.train.engine import StepResult
 from tests.ranks import run_ranks
 from tests.train.engines import config_of, make_engine, train
 
+FULL = {"train__activation_checkpointing": ActivationCheckpointing.full}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "tensor and sequence": (2, {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}),
     "pipeline": (2, {"parallel__pipeline_parallel_size": 2}),
     "zero 3": (2, {"parallel__zero_stage": 3}),
-    "full checkpointing": (1, {"train__activation_checkpointing": ActivationCheckpointing.full}),
+    "full checkpointing": (1, FULL),
+    "documents": (1, {}),
+    "documents, pipeline, full checkpointing": (2, {"parallel__pipeline_parallel_size": 2} | FULL),
 }
 
 
-def plain_and_compiled(changes: dict[str, Any]) -> list[list[StepResult]]:
+def plain_and_compiled(changes: dict[str, Any], with_documents: bool) -> list[list[StepResult]]:
     """The first steps of a rank, without and with compiled blocks."""
     found = []
     for compiled in (False, True):
@@ -31,7 +34,7 @@ def plain_and_compiled(changes: dict[str, Any]) -> list[list[StepResult]]:
         assert blocks
         assert all(block.recomputed is ("train__activation_checkpointing" in changes) for block in blocks)
         assert all((block._compiled_call_impl is not None) is compiled for block in blocks)
-        found.append(train(engine, 3))
+        found.append(train(engine, 3, with_documents))
     return found
 
 
@@ -39,6 +42,6 @@ def plain_and_compiled(changes: dict[str, Any]) -> list[list[StepResult]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_compiled_blocks_train_the_same(name: str) -> None:
     world_size, changes = LAYOUTS[name]
-    for plain, compiled in run_ranks(plain_and_compiled, world_size, changes):
+    for plain, compiled in run_ranks(plain_and_compiled, world_size, changes, "documents" in name):
         assert [result.loss for result in compiled] == pytest.approx([result.loss for result in plain], rel=1e-6)
         assert [r.grad_norm for r in compiled] == pytest.approx([r.grad_norm for r in plain], rel=1e-5)

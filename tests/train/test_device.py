@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megakor.config.schema import Precision
+from megakor.model.documents import Attending, all_at_once, one_by_one
 from megakor.train import device
 from tests.config.commands import PRETRAIN, command
 
@@ -27,3 +30,29 @@ def test_fp16_is_one_line_at_the_command_line() -> None:
     errors = [line for line in ended.stderr.splitlines() if "real_accelerator" not in line]
     assert len(errors) == 1
     assert errors[0].startswith("megakor pretrain: error: train.precision=fp16 must be bf16 or fp32 on a CPU")
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "version", "precision", "expected"),
+    [
+        ("cuda:0", (8, 0), (2, 13), Precision.bf16, all_at_once),
+        ("cuda:0", (9, 0), (2, 14), Precision.fp16, all_at_once),
+        ("cuda:0", (9, 0), (2, 13), Precision.fp32, one_by_one),
+        ("cuda:0", (7, 5), (2, 13), Precision.fp16, one_by_one),
+        ("cuda:0", (9, 0), (2, 12), Precision.bf16, one_by_one),
+        ("xpu:0", (9, 0), (2, 13), Precision.bf16, one_by_one),
+        ("cpu", (9, 0), (2, 13), Precision.bf16, one_by_one),
+    ],
+)
+def test_documents_attend_at_once_where_the_kernel_is(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    capability: tuple[int, int],
+    version: tuple[int, int],
+    precision: Precision,
+    expected: Attending,
+) -> None:
+    monkeypatch.setattr(device, "device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(f"{version[0]}.{version[1]}.0"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(get_device_capability=lambda: capability))
+    assert device.attending(precision) is expected
