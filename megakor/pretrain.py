@@ -15,6 +15,7 @@ from megakor.data.manifest import check_files
 from megakor.data.stream import pretrain_stream
 from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
+from megakor.train.device import local_world_size
 from megakor.train.engine import Engine
 from megakor.train.loop import Training, train
 from megakor.train.run import check_continues, process_group, resolve_vocabulary, resume_point, write_run
@@ -26,8 +27,11 @@ def run(config: PretrainConfig) -> None:
     with process_group(config) as dims:
         tokenizer = Tokenizer.load(config.data.tokenizer)
         run, size = Path(config.run), config.train
-        stream = pretrain_stream(config.data, size, run)
-        heldout = [HeldoutSet(name, folder, size.sequence_length) for name, folder in config.data.validation.items()]
+        stream = pretrain_stream(config.data, size, tokenizer, run, local_world_size())
+        heldout = [
+            HeldoutSet(name, folder, size.sequence_length, stream.files)
+            for name, folder in config.data.validation.items()
+        ]
         for source in (*stream.sources.values(), *(held_out.tokens for held_out in heldout)):
             source.manifest.check_tokenizer(tokenizer.fingerprint, f"data.tokenizer={config.data.tokenizer}")
             on_first_rank(partial(check_files, source.folder, source.manifest))

@@ -233,7 +233,7 @@ def check_data(data: DataConfig) -> None:
     for name, epochs in data.max_epochs.items():
         require(name in names, "data.max_epochs", name, f"name one of data.sources: {names}")
         positive(f"data.max_epochs.{name}", epochs)
-    for key in ("temperature", "num_streams", "shuffle_window"):
+    for key in ("temperature", "num_streams", "shuffle_window", "cache_size"):
         positive(f"data.{key}", getattr(data, key))
     for window in data.skip:
         fits = len(window) == 2 and 0 <= window[0] < window[1]
@@ -259,6 +259,8 @@ def check_pairs(pairs: PairsConfig) -> None:
 
 def check_instruct(config: InstructConfig) -> None:
     check_engine(config)
+    rule = "be {}: a pair stays whole"
+    require(not config.train.sequence_lengths, "train.sequence_lengths", config.train.sequence_lengths, rule)
     check_pairs(config.pairs)
 
 

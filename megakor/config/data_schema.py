@@ -12,7 +12,7 @@ from megakor.config.fields import key
 class DataConfig:
     """Shard folders, as `megakor shard` writes them."""
 
-    train: str | None = key(None, help="folder of the training shards; null: data.sources")
+    train: str | None = key(None, help="folder or URL of the training shards; null: data.sources")
     sources: dict[str, str] = key({}, help="several folders of training shards: name -> folder")
     weights: dict[str, float] = key(
         {}, help="each source's part of the stream, over the sum of all; {}: by tokens ** (1 / temperature)"
@@ -28,6 +28,13 @@ class DataConfig:
     )  # fmt: skip
     num_streams: int = key(64, help="parts of the stream that nodes share out; a number of nodes should divide it")
     shuffle_window: int = key(65536, help="samples of such a part that are shuffled together", unit="samples")
+    separate_documents: bool = key(
+        False, help="positions begin anew, and attention ends, where a document does; false: rows are one stretch"
+    )
+    cache: str | None = key(
+        None, help="folder on a disk of each node for shards that are elsewhere (s3://, gs://, hf://)"
+    )
+    cache_size: int = key(100 * 2**30, help="most that it holds; what was used longest ago makes room", unit="bytes")
     accept_changed: list[str] = key([], help="shards that may differ from those that the run began with, by file name")
     validation: dict[str, str] = key({}, help="named held-out sets: name -> folder of shards")
     tokenizer: str = key(help="folder of the tokenizer that made the shards")

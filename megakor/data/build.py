@@ -33,12 +33,12 @@ from megakor.data.indexed import dtype_for
 from megakor.data.manifest import (
     MANIFEST_NAME,
     TABLE_NAME,
-    LocalFolder,
     Manifest,
     check_shard,
     load_manifest,
     write_manifest,
 )
+from megakor.data.remote import RemoteFolder
 from megakor.data.shard_writer import OpenShard, Origin, TokenisedChunk, record_path
 from megakor.data.shards import ShardEntry, Shards, shard_entry
 from megakor.logs import Progress, get_logger, progress
@@ -92,7 +92,7 @@ def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
     following = next(documents, None)
     if following is None and finished and built:
         logger.info("%s: already built, %d shards are as these inputs make them", out, len(finished))
-        return load_manifest(LocalFolder(out))
+        return load_manifest(RemoteFolder(str(out)))
     if following is not None and finished and (built or finished[-1].num_tokens < config.shard_size):
         raise ValueError(f"out={out} holds the shards of other inputs, which end earlier; remove it or name another")
 
@@ -127,7 +127,7 @@ def build_shards(config: ShardConfig, tokenizer: TokenizerLike) -> Manifest:
 def _finished_shards(out: Path, empty: Manifest) -> list[ShardEntry]:
     """The entries of the shards that are whole, from the first up to the first that is not."""
     finished: list[ShardEntry] = []
-    sizes = LocalFolder(out).sizes() if out.is_dir() else {}
+    sizes = RemoteFolder(str(out)).sizes() if out.is_dir() and any(out.iterdir()) else {}
     while (path := record_path(out, len(finished))).is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))

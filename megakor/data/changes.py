@@ -47,7 +47,7 @@ def fingerprints(run: Path, sources: Mapping[str, Source], accept_changed: Colle
 
 
 def _compare(source: Source, began: Shards, accept_changed: Collection[str]) -> None:
-    now, folder = source.manifest.shards, source.folder.url
+    now, folder = source.manifest.shards, str(source.folder)
     if len(now) != len(began):
         raise ValueError(f"{folder}: has {len(now)} shards, and must have the {len(began)} that the run began with")
     for number in np.flatnonzero((began.digests != now.digests).any(axis=1)):

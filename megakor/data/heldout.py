@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megakor.data.prefetch import Prefetcher
 from megakor.data.source import Source
 from megakor.data.stream import Batch
 
@@ -17,11 +18,11 @@ class HeldoutSet:
     first token is predicted too; labels past the end are masked.
     """
 
-    def __init__(self, name: str, folder: str | Path, sequence_length: int) -> None:
+    def __init__(self, name: str, folder: str | Path, sequence_length: int, files: Prefetcher | None = None) -> None:
         if sequence_length < 1:
             raise ValueError(f"train.sequence_length={sequence_length} must be at least 1")
         self.name = name
-        self.tokens = Source(folder)
+        self.tokens = Source(folder, files)
         self.sequence_length = sequence_length
         self.num_tokens = self.tokens.num_tokens
         self.num_text_bytes = self.tokens.manifest.num_text_bytes

@@ -11,45 +11,22 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from megakor.data.remote import RemoteFolder
 from megakor.data.shards import ShardEntry, Shards
 from megakor.files import atomic_write, sha256_of
+from megakor.logs import get_logger
 
 MANIFEST_NAME = "manifest.json"
 TABLE_NAME = "shards.parquet"
 MANIFEST_VERSION = 2
+UNKNOWN = ""
+"""Fingerprint of the tokenizer of shards of other makers, who do not tell it."""
 
-
-class Folder(Protocol):
-    """Where a manifest and its shards are."""
-
-    @property
-    def url(self) -> str: ...
-
-    def read(self, name: str) -> bytes: ...
-
-    def sizes(self) -> dict[str, int]: ...
-
-
-@dataclass(frozen=True)
-class LocalFolder:
-    """A folder of this machine."""
-
-    path: Path
-
-    @property
-    def url(self) -> str:
-        return str(self.path)
-
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-    def sizes(self) -> dict[str, int]:
-        files = (path for path in self.path.rglob("*") if path.is_file())
-        return {path.relative_to(self.path).as_posix(): path.stat().st_size for path in files}
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +71,9 @@ class Manifest:
 
     def check_tokenizer(self, fingerprint: str, key: str) -> None:
         """ValueError, naming the configuration key, unless the tokenizer with this fingerprint made the shards."""
-        if fingerprint != self.tokenizer_fingerprint:
+        if self.tokenizer_fingerprint == UNKNOWN:
+            log.warning("%s: who made the shards has not said with which tokenizer; it must be this one", key)
+        elif fingerprint != self.tokenizer_fingerprint:
             raise ValueError(
                 f"{key}: the tokenizer's fingerprint={fingerprint[:12]}… must be that of the tokenizer that made the "
                 f"shards, {self.tokenizer_fingerprint[:12]}…"
@@ -112,18 +91,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST_NAME, {**told, "table": named})
 
 
-def load_manifest(folder: Folder) -> Manifest:
+def load_manifest(folder: RemoteFolder) -> Manifest:
     """Read a folder's manifest and the table of its shards.
 
     FileNotFoundError when the folder holds no manifest; ValueError naming file, value and rule when it is malformed,
     does not belong to its table, or names a file outside its folder.
     """
-    path = f"{folder.url}/{MANIFEST_NAME}"
+    path = f"{folder}/{MANIFEST_NAME}"
     try:
         content = folder.read(MANIFEST_NAME)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path}: not there; `megakor shard out={folder.url}` writes it once all shards are whole"
+            f"{path}: not there; `megakor shard out={folder}` writes it once all shards are whole"
         ) from error
     try:
         raw = json.loads(content)
@@ -147,16 +126,16 @@ def load_manifest(folder: Folder) -> Manifest:
     return manifest
 
 
-def check_files(folder: Folder, manifest: Manifest) -> None:
+def check_files(folder: RemoteFolder, manifest: Manifest) -> None:
     """ValueError unless every shard's files are there in the size that the manifest says; one listing."""
     sizes = folder.sizes()
     for shard in manifest.shards:
-        check_shard(folder.url, shard, sizes)
+        check_shard(str(folder), shard, sizes)
 
 
 def verify_manifest(folder: Path) -> Manifest:
     """As `load_manifest` and `check_files`, and compare every file's SHA-256 with what was written."""
-    local = LocalFolder(folder)
+    local = RemoteFolder(str(folder))
     manifest = load_manifest(local)
     check_files(local, manifest)
     for shard in manifest.shards:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megakor.data.foreign import foreign_manifest, is_foreign
 from megakor.data.indexed import Index, map_tokens
-from megakor.data.manifest import LocalFolder, load_manifest
+from megakor.data.manifest import UNKNOWN, load_manifest
+from megakor.data.prefetch import Prefetcher, Wanted
+from megakor.data.remote import RemoteFolder
 from megakor.data.shards import SUFFIXES
 
+T = TypeVar("T")
 MAX_OPEN_SHARDS = 256  # each holds a file descriptor; processes are commonly allowed 1,024
 
 
@@ -21,18 +27,34 @@ class Source:
 
     A sample is `sequence_length` inputs and as many labels, one token on; samples of a shard share one token with
     their neighbours. They stay within their shard, so that reading one takes one file: the last of a shard is short.
+
+    Args:
+        folder: path or URL of the folder; or a Megatron data set: the prefix of a .bin/.idx pair, or a folder of them.
+        files: fetches the shards of a folder elsewhere.
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: the shards are damaged, or elsewhere and there is nothing to fetch them to.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = LocalFolder(Path(folder))
-        self.manifest = load_manifest(self.folder)
+    def __init__(self, folder: str | Path, files: Prefetcher | None = None) -> None:
+        if is_foreign(str(folder)):
+            self.folder, self.manifest = foreign_manifest(Path(folder))
+        else:
+            self.folder = RemoteFolder(str(folder))
+            self.manifest = load_manifest(self.folder)
+        if not self.folder.is_local and files is None:
+            raise ValueError(f"data.cache must name a folder of this machine for the shards of {self.folder}")
         self.num_tokens = self.manifest.num_tokens
+        self._files = files
         self._dtype = np.dtype(self.manifest.dtype)
         self._starts = np.concatenate([[0], np.cumsum(self.manifest.shards.num_tokens)])
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type[Source], tuple[Path]]:
-        return Source, (self.folder.path,)  # pickling an open map would copy its tokens
+    @property
+    def foreign(self) -> bool:
+        """Whether the shards are of another maker, who has not said what is in them."""
+        return self.manifest.tokenizer_fingerprint == UNKNOWN
 
     def samples_of_shards(self, sequence_length: int) -> np.ndarray:
         """Samples of each shard, the short last one included: int64 [num_shards].
@@ -44,7 +66,7 @@ class Source:
             longest = int(labels.max()) + 1 if len(labels) else 0
             raise ValueError(
                 f"train.sequence_length={sequence_length} must be below the number of tokens in a shard of "
-                f"{self.folder.url}: {longest}"
+                f"{self.folder}: {longest}"
             )
         return -(-labels // sequence_length)
 
@@ -77,9 +99,8 @@ class Source:
         """All tokens of a shard, a read-only map: [num_tokens of it] of the shards' type."""
         tokens = self._open.get(shard)
         if tokens is None:
-            entry = self.manifest.shards[shard]
-            name, _ = entry.file("bin")
-            tokens = map_tokens(self.folder.path / name, self._dtype, entry.num_tokens)
+            num_tokens = self.manifest.shards[shard].num_tokens
+            tokens = self._use(shard, "bin", lambda path: map_tokens(path, self._dtype, num_tokens))
             self._open[shard] = tokens
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -89,13 +110,23 @@ class Source:
 
     def document_starts(self, shard: int) -> np.ndarray:
         """Where each document of a shard begins, in tokens, and where the last ends: int64 [num_documents + 1]."""
-        name, _ = self.manifest.shards[shard].file("idx")
-        return Index(self.folder.path / name).document_starts()
+        return self._use(shard, "idx", lambda path: Index(path).document_starts())
 
     def origins(self, shard: int) -> pa.Table | None:
         """`id` and `source` of each document of a shard, in order; None for a shard of another maker."""
         entry = self.manifest.shards[shard]
         if entry.prefix + SUFFIXES["documents"] not in entry.files:
             return None
-        name, _ = entry.file("documents")
-        return pq.ParquetFile(self.folder.path / name).read()
+        return self._use(shard, "documents", lambda path: pq.ParquetFile(path).read())
+
+    def wanted(self, shard: int) -> Wanted | None:
+        """A shard's tokens as the prefetcher takes them; None when they are open already."""
+        return None if shard in self._open else (self.folder, *self.manifest.shards[shard].file("bin"))
+
+    def _use(self, shard: int, kind: str, function: Callable[[Path], T]) -> T:
+        """`function(path)` of one of a shard's files."""
+        name, record = self.manifest.shards[shard].file(kind)
+        if self._files is None or self.folder.is_local:
+            return function(self.folder.local_path(name))
+        self._files.path(self.folder, name, record)  # waits, if it is on its way
+        return self._files.cache.use(self.folder, name, record, function)

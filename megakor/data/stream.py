@@ -11,17 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from megakor.config.schema import DataConfig, TrainConfig
+from megakor.data.cache import ShardCache
 from megakor.data.changes import fingerprints
 from megakor.data.mixture import Mixture, Share
 from megakor.data.order import ORDER_VERSION, SourceOrder
 from megakor.data.plan import Plan
+from megakor.data.prefetch import Prefetcher
 from megakor.data.source import Source
+
+STEPS_AHEAD = 8  # for which shards are fetched
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,16 @@ class Batch:
     loss_mask: np.ndarray  # [micro_batch, sequence_length] float32: 1 where the label counts
     num_loss_tokens: int  # unmasked labels of the global batch (training) or of the whole set (validation)
     documents: np.ndarray | None = None  # [micro_batch, sequence_length] int32: the input token's, rising within a row
+
+
+class TokenizerSizes(Protocol):
+    """What the stream must know of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eod_id(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,10 @@ class PretrainStream:
         num_streams: canonical streams; numbers of nodes that divide it share the reading evenly.
         shuffle_window: samples of a stream that are shuffled among each other.
         fingerprints: of the sources' shards, as the run began with them.
+        eod_id: of the token that ends a document, and fills rows up.
+        vocab_size: tokens that the tokenizer has.
+        separate_documents: whether positions begin anew, and attention ends, where a document does.
+        files: fetches what is elsewhere; told what the next steps need.
     """
 
     def __init__(
@@ -86,9 +105,15 @@ class PretrainStream:
         num_streams: int,
         shuffle_window: int,
         fingerprints: Mapping[str, str],
+        eod_id: int,
+        vocab_size: int,
+        separate_documents: bool = False,
+        files: Prefetcher | None = None,
     ) -> None:
         self.sources, self.mixture, self.plan, self.seed = dict(sources), mixture, plan, seed
         self.num_streams, self.shuffle_window = num_streams, shuffle_window
+        self.eod_id, self.vocab_size, self.separate_documents = eod_id, vocab_size, separate_documents
+        self.files = files
         self.orders = [
             SourceOrder(
                 source.samples_of_shards(plan.sequence_length),
@@ -101,6 +126,7 @@ class PretrainStream:
         ]
         self._list = list(sources.values())
         self._fingerprints = dict(fingerprints)
+        self._rows_of = lru_cache(maxsize=STEPS_AHEAD + 1)(self.rows)
 
     def num_tokens(self, step: int) -> int:
         """Tokens of a step, those of short samples' ends included."""
@@ -136,28 +162,52 @@ class PretrainStream:
             raise ValueError(f"dp_rank={dp_rank} must be in 0 … dp_size - 1 = {dp_size - 1}")
         if micro_batch_size < 1:
             raise ValueError(f"train.micro_batch_size={micro_batch_size} must be at least 1")
-        taken, rows, length = self.plan.step(step), self.rows(step), self.plan.sequence_length
+        self._want(step, dp_rank, dp_size)
+        taken, rows, length = self.plan.step(step), self._rows_of(step), self.plan.sequence_length
         num_labels = np.empty_like(rows.positions)
         for number, source in enumerate(self._list):
             here = rows.sources == number
             num_labels[here] = source.num_labels(rows.shards[here], rows.samples[here], length)
         num_micro_batches = -(-taken.size // (dp_size * micro_batch_size))
-        tokens = np.full((num_micro_batches * micro_batch_size, length + 1), self._eod_id, dtype=np.int64)
+        tokens = np.full((num_micro_batches * micro_batch_size, length + 1), self.eod_id, dtype=np.int64)
         mask = np.zeros((len(tokens), length), dtype=np.float32)
         for row, number in enumerate(range(*share(taken.size, dp_rank, dp_size))):
             source = self._list[rows.sources[number]]
             sample = source.sample(int(rows.shards[number]), int(rows.samples[number]), length)
             tokens[row, : len(sample)] = sample
+            if source.foreign and sample.max() >= self.vocab_size:
+                raise ValueError(
+                    f"{source.folder}: token {sample.max()} must be below the tokenizer's vocabulary, {self.vocab_size}"
+                )
             mask[row, : num_labels[number]] = 1.0
         cut = (len(tokens) * length // taken.sequence_length, taken.sequence_length)
         inputs, labels, masks = (values.reshape(cut) for values in (tokens[:, :-1], tokens[:, 1:], mask))
+        documents = self._documents(inputs) if self.separate_documents else None
         size, num_loss_tokens = cut[0] // num_micro_batches, int(num_labels.sum())
-        parts = [slice(first, first + size) for first in range(0, cut[0], size)]
-        return [Batch(inputs[part], labels[part], masks[part], num_loss_tokens) for part in parts]
+        return [
+            Batch(
+                inputs[part], labels[part], masks[part], num_loss_tokens, None if documents is None else documents[part]
+            )
+            for part in (slice(first, first + size) for first in range(0, cut[0], size))
+        ]
 
-    @property
-    def _eod_id(self) -> int:
-        return self._list[0].manifest.eod_id
+    def _documents(self, inputs: np.ndarray) -> np.ndarray:
+        """The number of each token's document in its row: int32 [rows, seq]. The token that ends one belongs to it."""
+        ends = inputs == self.eod_id
+        return (np.cumsum(ends, axis=1) - ends).astype(np.int32)
+
+    def _want(self, step: int, dp_rank: int, dp_size: int) -> None:
+        """Have the shards fetched that a data rank needs for this step and those after it."""
+        if self.files is None:
+            return
+        wanted: dict[tuple[int, int], None] = {}  # an ordered set
+        for ahead in range(step, step + STEPS_AHEAD):
+            rows = self._rows_of(ahead)
+            first, last = share(len(rows.positions), dp_rank, dp_size)
+            pairs = zip(rows.sources[first:last].tolist(), rows.shards[first:last].tolist(), strict=True)
+            wanted |= dict.fromkeys(pairs)
+        files = (self._list[source].wanted(shard) for source, shard in wanted)
+        self.files.want(file for file in files if file is not None)
 
     def state(self, step: int) -> dict[str, Any]:
         """What the batches before a step depend on, by configuration key; a run that goes on there must have the same.
@@ -170,6 +220,7 @@ class PretrainStream:
             "train.seed": self.seed,
             "train.sequence_length": plan.sequence_length,
             **plan.state(step),
+            "data.separate_documents": self.separate_documents,
             "data.num_streams": self.num_streams,
             "data.shuffle_window": self.shuffle_window,
             "data.weights": self.mixture.state(plan.end_of(step)),
@@ -177,18 +228,23 @@ class PretrainStream:
         }
 
 
-def pretrain_stream(data: DataConfig, train: TrainConfig, run: Path) -> PretrainStream:
+def pretrain_stream(
+    data: DataConfig, train: TrainConfig, tokenizer: TokenizerSizes, run: Path, num_processes: int = 1
+) -> PretrainStream:
     """The stream of a run.
 
     Args:
+        tokenizer: that the shards were made with.
         run: its folder, which has what it began with, or nothing yet.
+        num_processes: of this machine that share the cache.
 
     Raises:
         FileNotFoundError: a source is not there.
         ValueError: a source is damaged, too short, or has changed since the run began; or the run needs more than its
             sources may be read.
     """
-    sources = {name: Source(folder) for name, folder in data.named_sources.items()}
+    files = prefetcher(data, num_processes)
+    sources = {name: Source(folder, files) for name, folder in data.named_sources.items()}
     plan = Plan(train.global_batch_size, train.sequence_length, train.batch_sizes, train.sequence_lengths, data.skip)
     shares = [
         Share(name, int(source.samples_of_shards(train.sequence_length).sum()), data.max_epochs.get(name))
@@ -214,7 +270,18 @@ def pretrain_stream(data: DataConfig, train: TrainConfig, run: Path) -> Pretrain
         num_streams=data.num_streams,
         shuffle_window=data.shuffle_window,
         fingerprints=fingerprints(run, sources, data.accept_changed),
+        eod_id=tokenizer.eod_id,
+        vocab_size=tokenizer.vocab_size,
+        separate_documents=data.separate_documents,
+        files=files,
     )
+
+
+def prefetcher(data: DataConfig, num_processes: int) -> Prefetcher | None:
+    """What fetches the shards that are elsewhere; None without a folder to fetch them to."""
+    if data.cache is None:
+        return None
+    return Prefetcher(ShardCache(data.cache, data.cache_size), num_processes=num_processes)
 
 
 def natural_weight(source: Source, temperature: float) -> Fraction:

@@ -11,6 +11,7 @@ from megakor.checkpoint.reader import CheckpointValues, model_config, resolve, r
 from megakor.config.checks import check_fit
 from megakor.config.compose import main
 from megakor.config.schema import InstructConfig
+from megakor.data.plan import Plan
 from megakor.files import atomic_write
 from megakor.instruct.pairs import read_pairs, split
 from megakor.instruct.stream import HeldoutPairs, PairStream, tokenise
@@ -38,8 +39,7 @@ def run(config: InstructConfig) -> None:
             tokenise(kept, tokenizer, size.sequence_length),
             tokenizer.eod_id,
             seed=size.seed,
-            sequence_length=size.sequence_length,
-            global_batch_size=size.global_batch_size,
+            plan=Plan(size.global_batch_size, size.sequence_length, size.batch_sizes),
             packing=config.pairs.packing,
         )
         examples = tokenise(held_out, tokenizer, size.sequence_length)
@@ -49,8 +49,8 @@ def run(config: InstructConfig) -> None:
         first_step = 0
         if checkpoint is not None:
             values = stack.enter_context(CheckpointValues(checkpoint))
-            check_continues(values.manifest, config, model, tokenizer.fingerprint, stream.state())
             first_step = values.manifest.step
+            check_continues(values.manifest, config, model, tokenizer.fingerprint, stream.state(first_step))
         write_run(config, tokenizer)
         folder = Path(config.run)
         if dist.get_rank() == 0:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from megakor.data.order import ORDER_VERSION, SourceOrder
-from megakor.data.stream import Batch
+from megakor.data.plan import Plan
+from megakor.data.stream import Batch, share
 from megakor.instruct.packing import pack
 from megakor.instruct.pairs import Pair
 from megakor.instruct.template import render_answer, render_prompt
@@ -114,52 +115,47 @@ class PairStream:
         examples: tokenised training pairs.
         eod_id: end token, which also pads.
         seed: seed of the order.
-        sequence_length: tokens in a row.
-        global_batch_size: rows in a step.
+        plan: rows of each step, and tokens of a row.
         packing: whether pairs share rows.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        eod_id: int,
-        *,
-        seed: int,
-        sequence_length: int,
-        global_batch_size: int,
-        packing: bool,
-    ) -> None:
-        self.examples, self.seed, self.global_batch_size = examples, seed, global_batch_size
-        self.rows = Rows(examples, eod_id, sequence_length, packing)
+    def __init__(self, examples: Sequence[Example], eod_id: int, *, seed: int, plan: Plan, packing: bool) -> None:
+        self.examples, self.seed, self.plan = examples, seed, plan
+        self.rows = Rows(examples, eod_id, plan.sequence_length, packing)
         num_rows = len(self.rows.rows)
-        self.order = SourceOrder(
-            np.array([num_rows]), seed=seed, name="pairs", window=num_rows
-        )  # packed, long come first
-        self.num_tokens_per_step = global_batch_size * sequence_length
+        self.order = SourceOrder(np.array([num_rows]), seed=seed, name="pairs", window=num_rows)  # long rows come first
         log.info("%d pairs in %d rows, %.0f %% full", len(examples), num_rows, 100 * self.rows.fill)
 
+    def num_tokens(self, step: int) -> int:
+        """Tokens of a step, those that fill its rows up included."""
+        return self.plan.step(step).size * self.plan.sequence_length
+
+    def num_tokens_before(self, step: int) -> int:
+        """Tokens of all steps before."""
+        return self.plan.step(step).start * self.plan.sequence_length
+
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
-        """Data rank `dp_rank`'s micro-batches of global batch `step`, counted from 0."""
-        start = step * self.global_batch_size
-        chosen = self.order.at(np.arange(start, start + self.global_batch_size)).samples.tolist()
+        """Data rank `dp_rank`'s micro-batches of global batch `step`, counted from 0; dealt as pretraining's are."""
+        taken = self.plan.step(step)
+        chosen = self.order.at(np.arange(taken.start, taken.start + taken.size)).samples.tolist()
         num_loss_tokens = self.rows.num_loss_tokens(chosen)
-        part = self.global_batch_size // dp_size
-        own = chosen[dp_rank * part : (dp_rank + 1) * part]
+        first, last = share(taken.size, dp_rank, dp_size)
+        own, num_micro_batches = chosen[first:last], -(-taken.size // (dp_size * micro_batch_size))
         return [
-            self.rows.batch(own[first : first + micro_batch_size], micro_batch_size, num_loss_tokens)
-            for first in range(0, part, micro_batch_size)
+            self.rows.batch(own[start : start + micro_batch_size], micro_batch_size, num_loss_tokens)
+            for start in range(0, num_micro_batches * micro_batch_size, micro_batch_size)
         ]
 
-    def state(self) -> dict[str, Any]:
-        """What every batch depends on besides its step, by configuration key; a resumed run must have the same."""
+    def state(self, step: int) -> dict[str, Any]:
+        """What the batches before a step depend on, by configuration key; a run that goes on must have the same."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(np.asarray([example.prompt_length, *example.ids], dtype=np.int64).tobytes())
         return {
             "order_version": ORDER_VERSION,
             "train.seed": self.seed,
-            "train.sequence_length": self.rows.sequence_length,
-            "train.global_batch_size": self.global_batch_size,
+            "train.sequence_length": self.plan.sequence_length,
+            "train.global_batch_size": self.plan.state(step)["train.global_batch_size"],
             "pairs.files": digest.hexdigest(),
             "pairs.packing": self.rows.packing,
         }
@@ -171,7 +167,8 @@ class HeldoutPairs:
     def __init__(
         self, name: str, examples: Sequence[Example], eod_id: int, sequence_length: int, packing: bool
     ) -> None:
-        self.name, self.rows = name, Rows(examples, eod_id, sequence_length, packing)
+        self.name, self.sequence_length = name, sequence_length
+        self.rows = Rows(examples, eod_id, sequence_length, packing)
         self.num_windows = len(self.rows.rows)
         self.num_tokens = sum(example.num_loss_tokens for example in examples)
         self.num_text_bytes = sum(example.answer_bytes for example in examples)

@@ -18,6 +18,7 @@ from megakor.config.schema import DataConfig, TraceConfig, TrainConfig
 from megakor.data.ledger import find, passages, steps
 from megakor.data.stream import PretrainStream, pretrain_stream
 from megakor.logs import progress
+from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.metrics import METRICS, read_metrics
 
 CONFIG = "config.yaml"
@@ -36,7 +37,7 @@ def trace(config: TraceConfig) -> None:
     """
     run = Path(config.run)
     data, train = load_run(run)
-    stream, num_steps = pretrain_stream(data, train, run), train.num_steps
+    stream, num_steps = pretrain_stream(data, train, Tokenizer.load(run / "tokenizer"), run), train.num_steps
     if config.document is not None:
         records = sightings(stream, config.document, num_steps)
     elif config.step is not None:

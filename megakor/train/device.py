@@ -66,6 +66,11 @@ def check_precision(precision: Precision) -> None:
         raise ValueError("train.precision=bf16 must be fp16 or fp32 on this device: it has no bf16 arithmetic")
 
 
+def local_world_size() -> int:
+    """Ranks of this node, as the launcher says; where it does not, all ranks."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
+
+
 def start_process_group(timeout_minutes: float = 30.0) -> None:
     """Join the run's process group; every rank calls. Without a launcher the process is a group of one.
 
@@ -76,8 +81,7 @@ def start_process_group(timeout_minutes: float = 30.0) -> None:
         os.environ.setdefault(name, value)
     alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
     if is_cpu() and "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if is_cpu():
         # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start, and only where there is a

@@ -18,7 +18,8 @@ from megakor.corpus.reader import Document
 from megakor.data import build
 from megakor.data.build import build_shards
 from megakor.data.indexed import IndexedReader
-from megakor.data.manifest import LocalFolder, load_manifest, verify_manifest
+from megakor.data.manifest import load_manifest, verify_manifest
+from megakor.data.remote import RemoteFolder
 from tests.data.tokens import ByteTokenizer, shard_config
 
 TEXTS = [f"{number}번째 글입니다. " * (1 + number % 9) for number in range(120)]
@@ -70,7 +71,7 @@ def test_shards_hold_the_text(built: Path) -> None:
 
 
 def test_shards_are_bounded(built: Path) -> None:
-    sizes = [shard.num_tokens for shard in load_manifest(LocalFolder(built)).shards]
+    sizes = [shard.num_tokens for shard in load_manifest(RemoteFolder(str(built))).shards]
     longest = max(len(text.encode()) for text in TEXTS) + 1
     assert len(sizes) > 10
     assert all(1000 <= size < 1000 + longest for size in sizes[:-1])
@@ -110,7 +111,7 @@ def test_killed_and_started_again(corpus: list[Path], built: Path, tmp_path: Pat
     finished = {path.stem for path in out.glob("*.json")}
     before = {name: mtime for name, mtime in times(out).items() if name.split(".")[0] in finished and "tmp" not in name}
     assert len(before) == 4 * len(finished)
-    assert 4 <= len(finished) < len(load_manifest(LocalFolder(built)).shards)
+    assert 4 <= len(finished) < len(load_manifest(RemoteFolder(str(built))).shards)
 
     build_shards(shard_config(corpus, out), ByteTokenizer())
     assert contents(out) == contents(built)

@@ -350,7 +350,7 @@ def test_prefetch(source: Source, tmp_path: Path, fetched: list[str]) -> None:
     assert fetched == list("abc")
     for file in files:
         assert sha256(prefetcher.path(*file)) == file[2].sha256
-    assert fetched == list("abcde")
+    assert sorted(fetched) == list("abcde")  # the last two at once, ahead and asked for
     assert prefetcher.bytes_fetched == 5 * SIZE
     assert sha256(prefetcher.path(*big)) == big[2].sha256  # too large to be fetched ahead
     prefetcher.close()

@@ -10,12 +10,12 @@ import pytest
 from megakor.data.manifest import (
     MANIFEST_NAME,
     TABLE_NAME,
-    LocalFolder,
     Manifest,
     check_files,
     load_manifest,
     verify_manifest,
 )
+from megakor.data.remote import RemoteFolder
 from megakor.files import sha256_of
 from tests.data.tokens import write_shards
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> Manifest:
-    return load_manifest(LocalFolder(folder))
+    return load_manifest(RemoteFolder(str(folder)))
 
 
 def edit(folder: Path, old: str, new: str) -> None:
@@ -80,15 +80,15 @@ def test_truncated_shard(folder: Path, name: str) -> None:
     path = folder / name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=rf"{name}: size=\d+, must be \d+ bytes.*truncated"):
-        check_files(LocalFolder(folder), load(folder))
+        check_files(RemoteFolder(str(folder)), load(folder))
     path.unlink()
     with pytest.raises(ValueError, match=f"{name}: missing"):
-        check_files(LocalFolder(folder), load(folder))
+        check_files(RemoteFolder(str(folder)), load(folder))
 
 
 def test_changed_shard(folder: Path) -> None:
     (folder / "shard-00001.bin").write_bytes(b"\x09\x00\x09\x00")
-    check_files(LocalFolder(folder), load(folder))  # same size
+    check_files(RemoteFolder(str(folder)), load(folder))  # same size
     with pytest.raises(ValueError, match=r"shard-00001\.bin: sha256="):
         verify_manifest(folder)
 

@@ -19,11 +19,12 @@ MOST_SECONDS, MOST_BYTES = 2.0, 200e6
 ENTER = """
 import json, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from megakor.config.schema import DataConfig, TrainConfig
 from megakor.data.stream import pretrain_stream
 data = DataConfig(train=sys.argv[1], tokenizer="unused")
 train = TrainConfig(num_steps=1, global_batch_size=1024, micro_batch_size=1, sequence_length=2048)
-stream = pretrain_stream(data, train, Path("no run"))
+stream = pretrain_stream(data, train, SimpleNamespace(eod_id=0, vocab_size=30_000), Path("no run"))
 rows = stream.rows(976_000)  # in the first of 10^6 / 1.024 steps' last thousandth
 seconds = time.process_time()  # since the process began; other tests are on the other core
 status = dict(line.split(":") for line in open("/proc/self/status"))

@@ -14,6 +14,14 @@ from megakor.config.schema import DataConfig, TrainConfig
 from megakor.data.source import Source
 from megakor.data.stream import PretrainStream, pretrain_stream
 from tests.data.conftest import CUTS, EOD
+from tests.data.tokens import write_shards
+
+
+class Sizes:
+    """Of a tokenizer."""
+
+    vocab_size, eod_id = 60_000, EOD
+
 
 DATA_KEYS = DataConfig.__dataclass_fields__
 
@@ -30,7 +38,7 @@ def made(folder: Path | dict[str, Path], **keys: Any) -> PretrainStream:
     train["micro_batch_size"] = 1
     for name, value in keys.items():
         (data if name in DATA_KEYS else train)[name] = value
-    return pretrain_stream(DataConfig(**data), TrainConfig(**train), Path("there/is/none"))
+    return pretrain_stream(DataConfig(**data), TrainConfig(**train), Sizes(), Path("there/is/none"))
 
 
 def whole(stream: PretrainStream, step: int, dp_size: int = 1, micro: int = 1) -> tuple[np.ndarray, ...]:
@@ -155,6 +163,7 @@ def test_state_is_what_the_batches_before_depend_on(folder: Path) -> None:
         "train.sequence_length": 9,
         "train.global_batch_size": 8,
         "train.sequence_lengths": [],
+        "data.separate_documents": False,
         "data.num_streams": 4,
         "data.shuffle_window": 20,
         "data.skip": [],
@@ -177,3 +186,15 @@ def test_bad_ranks(folder: Path, dp_rank: int, dp_size: int, micro: int, message
 def test_sequence_longer_than_any_shard(folder: Path) -> None:
     with pytest.raises(ValueError, match="sequence_length=360 must be below .* tokens in a shard of .*: 360"):
         made(folder, sequence_length=360)
+
+
+def test_documents_end_with_their_token(tmp_path: Path) -> None:
+    write_shards(tmp_path, [[[1, 2, EOD], [3, EOD], [4, 5, 6, EOD]]], eod_id=EOD)
+    (batch,) = made(tmp_path, sequence_length=4, global_batch_size=2, separate_documents=True).micro_batches(0, 0, 1, 2)
+    assert batch.documents is not None
+    assert batch.documents.dtype == np.int32
+    found = {
+        tuple(ids): numbers for ids, numbers in zip(batch.input_ids.tolist(), batch.documents.tolist(), strict=True)
+    }
+    assert found == {(1, 2, EOD, 3): [0, 0, 0, 1], (EOD, 4, 5, 6): [0, 1, 1, 1]}
+    assert made(tmp_path, sequence_length=4, global_batch_size=2).micro_batches(0, 0, 1, 2)[0].documents is None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megakor.data.plan import Plan
 from megakor.data.stream import Batch
 from megakor.instruct.pairs import Pair
 from megakor.instruct.stream import Example, HeldoutPairs, PairStream, tokenise
@@ -36,7 +37,8 @@ EXAMPLES = tokenise(PAIRS, Letters(), 96)  # type: ignore[arg-type]
 
 def stream(**changes) -> PairStream:
     settings = {"seed": 7, "sequence_length": 96, "global_batch_size": 4, "packing": False} | changes
-    return PairStream(EXAMPLES, EOD, **settings)
+    plan = Plan(settings.pop("global_batch_size"), settings.pop("sequence_length"))
+    return PairStream(EXAMPLES, EOD, plan=plan, **settings)
 
 
 def epoch(**changes) -> Batch:
@@ -159,13 +161,13 @@ def test_every_epoch_sees_every_row_once_in_another_order(packing: bool) -> None
 
 
 def test_state_tells_other_pairs_apart() -> None:
-    other = PairStream(EXAMPLES[:-1], EOD, seed=7, sequence_length=96, global_batch_size=4, packing=False)
-    assert stream().state() == stream().state()
-    assert stream().state() != other.state()
-    assert stream().state() != stream(seed=8).state()
-    changed = stream(packing=True).state()
-    assert stream().state().keys() == changed.keys()
-    assert [key for key, value in stream().state().items() if changed[key] != value] == ["pairs.packing"]
+    other = PairStream(EXAMPLES[:-1], EOD, seed=7, plan=Plan(4, 96), packing=False)
+    assert stream().state(0) == stream().state(0)
+    assert stream().state(0) != other.state(0)
+    assert stream().state(0) != stream(seed=8).state(0)
+    changed = stream(packing=True).state(0)
+    assert stream().state(0).keys() == changed.keys()
+    assert [key for key, value in stream().state(0).items() if changed[key] != value] == ["pairs.packing"]
 
 
 def test_pairs_that_do_not_fit_are_left_out_and_none_left_is_an_error(caplog: pytest.LogCaptureFixture) -> None:

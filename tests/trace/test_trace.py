@@ -34,6 +34,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's folder holds a tokenizer; this one's is too simple to have files."""
+    monkeypatch.setattr("megakor.trace.trace.Tokenizer.load", lambda folder: ByteTokenizer())
+
+
 def asked(run: Path, capsys: pytest.CaptureFixture[str], **keys: Any) -> list[dict[str, Any]]:
     trace(TraceConfig(run=str(run), format="json", **keys))
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
