@@ -221,6 +221,7 @@ class Engine:
         if num_micro_batches != self.num_micro_batches:
             self.num_micro_batches = num_micro_batches
             self.engine.set_train_batch_size(num_micro_batches * self.micro_batch_size * self.dims.replicas)
+            self.engine.micro_steps = 0  # it takes a multiple of the number for the last micro-batch of a step
             if hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
                 self.engine.optimizer.gradient_accumulation_steps = num_micro_batches  # it keeps the first number
         if self.pipelined and sequence_length != self.sequence_length:

@@ -68,6 +68,7 @@ def test_what_is_wrong_with_a_pair(pairs: Path) -> None:
     write_pair(pairs / "c_text_document", [[1, 2]], "i4")
     with pytest.raises(ValueError, match="pairs must have tokens of one type, not of .*int32.*uint16"):
         Source(pairs)
+    (pairs / "c_text_document.idx").unlink()
     tokens.unlink()
     with pytest.raises(FileNotFoundError, match=r"b_text_document\.bin"):
         Source(pairs)

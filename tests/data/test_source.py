@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +50,3 @@ def test_few_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         assert source.read(0, NUM_TOKENS).tolist() == list(range(NUM_TOKENS))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
-
-
-def test_pickles_small(folder: Path) -> None:
-    source = Source(folder)
-    source.read(0, NUM_TOKENS)
-    data = pickle.dumps(source)
-    assert len(data) < 500
-    assert pickle.loads(data).read(3, 4).tolist() == [3, 4, 5, 6]
