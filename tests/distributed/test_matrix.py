@@ -107,7 +107,6 @@ def rows_of(text: str) -> dict[tuple[int, ...], tuple[int, list[float]]]:
     return found
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="`make matrix` has not written docs/layouts.md yet")
 def test_the_page_tells_of_every_layout() -> None:
     told = rows_of(PAGE.read_text(encoding="utf-8"))
     assert {key: runs for key, (runs, _) in told.items()} == Counter((layout.ranks, *layout.sizes) for layout in EVERY)
