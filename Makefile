@@ -62,7 +62,12 @@ format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-bench
+# litdata asks for torchvision, for images alone; the one that pip finds breaks a CPU-only torch.
+$(VENV)/.installed-litdata: $(VENV)/.installed-bench
+	$(PIP) --no-deps litdata
+	@touch $@
+
+bench: $(VENV)/.installed-test $(VENV)/.installed-litdata
 	$(BIN)/python -m tests.benchmarks.$(BENCH) $(ARGS)
 
 docs: $(VENV)/.installed-docs

@@ -112,6 +112,8 @@ class Mixture:
         positions = np.asarray(positions, dtype=np.int64)
         if self.end is not None and len(positions) and positions.max() >= self.end:
             raise ValueError(f"position {positions.max()} must be below {self.end}, where all sources have been read")
+        if len(self.sources) == 1:
+            return np.zeros_like(positions), positions
         chosen, places = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(positions // self.block):
             here = positions // self.block == block

@@ -8,7 +8,7 @@ Nothing here keeps a position. `PretrainStream` deals each global batch to data 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -33,7 +33,8 @@ STEPS_AHEAD = 8  # for which shards are fetched
 class Batch:
     """One micro-batch.
 
-    `num_loss_tokens` belongs to the whole it is part of: divide the summed loss by it. With `documents`, positions
+    Its arrays may share memory, and are not to be written to. `num_loss_tokens` belongs to the whole it is part of:
+    divide the summed loss by it. With `documents`, positions
     begin anew at each document of a row, and tokens attend within theirs; without, a row is one stretch.
     """
 
@@ -126,6 +127,7 @@ class PretrainStream:
         ]
         self._list = list(sources.values())
         self._fingerprints = dict(fingerprints)
+        self._ones = lru_cache(lambda num_rows: np.ones((num_rows, plan.sequence_length), dtype=np.float32))
         self._rows_of = lru_cache(maxsize=STEPS_AHEAD + 1)(self.rows)
 
     def num_tokens(self, step: int) -> int:
@@ -168,28 +170,41 @@ class PretrainStream:
         for number, source in enumerate(self._list):
             here = rows.sources == number
             num_labels[here] = source.num_labels(rows.shards[here], rows.samples[here], length)
-        num_micro_batches = -(-taken.size // (dp_size * micro_batch_size))
-        tokens = np.full((num_micro_batches * micro_batch_size, length + 1), self.eod_id, dtype=np.int64)
-        mask = np.zeros((len(tokens), length), dtype=np.float32)
-        for row, number in enumerate(range(*share(taken.size, dp_rank, dp_size))):
-            source = self._list[rows.sources[number]]
-            sample = source.sample(int(rows.shards[number]), int(rows.samples[number]), length)
-            tokens[row, : len(sample)] = sample
-            if source.foreign and sample.max() >= self.vocab_size:
-                raise ValueError(
-                    f"{source.folder}: token {sample.max()} must be below the tokenizer's vocabulary, {self.vocab_size}"
-                )
-            mask[row, : num_labels[number]] = 1.0
-        cut = (len(tokens) * length // taken.sequence_length, taken.sequence_length)
-        inputs, labels, masks = (values.reshape(cut) for values in (tokens[:, :-1], tokens[:, 1:], mask))
-        documents = self._documents(inputs) if self.separate_documents else None
-        size, num_loss_tokens = cut[0] // num_micro_batches, int(num_labels.sum())
+        first, last = share(taken.size, dp_rank, dp_size)
+        own = [values[first:last].tolist() for values in (rows.sources, rows.shards, rows.samples, num_labels)]
+        places = list(zip(*own, strict=True))
+        num_micro_batches, num_loss_tokens = -(-taken.size // (dp_size * micro_batch_size)), int(num_labels.sum())
         return [
-            Batch(
-                inputs[part], labels[part], masks[part], num_loss_tokens, None if documents is None else documents[part]
+            self._batch(
+                places[start : start + micro_batch_size], micro_batch_size, taken.sequence_length, num_loss_tokens
             )
-            for part in (slice(first, first + size) for first in range(0, cut[0], size))
+            for start in range(0, num_micro_batches * micro_batch_size, micro_batch_size)
         ]
+
+    def _batch(
+        self, places: Sequence[tuple[int, int, int, int]], num_rows: int, sequence_length: int, num_loss_tokens: int
+    ) -> Batch:
+        """Samples, by (source, shard, sample, labels), as a micro-batch; what is missing is filled up and masked."""
+        length = self.plan.sequence_length
+        tokens = np.empty((num_rows, length + 1), dtype=np.int64)
+        mask = self._ones(num_rows)
+        if len(places) < num_rows or any(place[3] < length for place in places):
+            mask = np.zeros_like(mask)
+            tokens.fill(self.eod_id)
+            for row, place in enumerate(places):
+                mask[row, : place[3]] = 1.0
+        for row, (source, shard, sample, num_labels) in enumerate(places):
+            held = self._list[source]
+            tokens[row, : num_labels + 1] = held.sample(shard, sample, length)
+            if held.foreign and (largest := tokens[row].max()) >= self.vocab_size:
+                raise ValueError(
+                    f"{held.folder}: token {largest} must be below the tokenizer's vocabulary, {self.vocab_size}"
+                )
+        cut = (num_rows * length // sequence_length, sequence_length)  # no copy where rows stay whole
+        inputs, labels, mask = tokens[:, :-1].reshape(cut), tokens[:, 1:].reshape(cut), mask.reshape(cut)
+        return Batch(
+            inputs, labels, mask, num_loss_tokens, self._documents(inputs) if self.separate_documents else None
+        )
 
     def _documents(self, inputs: np.ndarray) -> np.ndarray:
         """The number of each token's document in its row: int32 [rows, seq]. The token that ends one belongs to it."""
