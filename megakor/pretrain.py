@@ -11,8 +11,9 @@ from megakor.config.compose import main
 from megakor.config.schema import PretrainConfig
 from megakor.data.changes import keep_tables
 from megakor.data.heldout import HeldoutSet
+from megakor.data.hub import DatasetStream, dataset_stream
 from megakor.data.manifest import check_files
-from megakor.data.stream import pretrain_stream
+from megakor.data.stream import PretrainStream, pretrain_stream
 from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import local_world_size
@@ -27,7 +28,11 @@ def run(config: PretrainConfig) -> None:
     with process_group(config) as dims:
         tokenizer = Tokenizer.load(config.data.tokenizer)
         run, size = Path(config.run), config.train
-        stream = pretrain_stream(config.data, size, tokenizer, run, local_world_size())
+        stream: PretrainStream | DatasetStream
+        if config.data.dataset:
+            stream = dataset_stream(config.data, size, tokenizer)
+        else:
+            stream = pretrain_stream(config.data, size, tokenizer, run, local_world_size())
         heldout = [
             HeldoutSet(name, folder, size.sequence_length, stream.files)
             for name, folder in config.data.validation.items()

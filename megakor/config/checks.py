@@ -219,9 +219,11 @@ def check_weights(key: str, weights: Mapping[str, Any], names: Iterable[str]) ->
 
 def check_data(data: DataConfig) -> None:
     """The rules of what is trained on."""
-    given = [name for name in ("train", "sources") if getattr(data, name)]
+    given = [name for name in ("train", "sources", "dataset") if getattr(data, name)]
     if len(given) != 1:
-        raise ValueError(f"either data.train= or data.sources= must be given, not {' and '.join(given) or 'neither'}")
+        rule = f"must be given, not {' and '.join(given) or 'none'}"
+        raise ValueError(f"one of data.train=, data.sources= and data.dataset= {rule}")
+    positive("data.shuffle_buffer", data.shuffle_buffer, allow_zero=True)
     names = list(data.named_sources)
     if data.weights:
         check_weights("data.weights", data.weights, data.sources)

@@ -14,6 +14,13 @@ class DataConfig:
 
     train: str | None = key(None, help="folder or URL of the training shards; null: data.sources")
     sources: dict[str, str] = key({}, help="several folders of training shards: name -> folder")
+    dataset: dict[str, Any] = key(
+        {}, help="instead of shards, for small jobs: arguments of datasets.load_dataset, tokenised as it is read"
+    )
+    text_key: str = key("text", help="with data.dataset: column of the text")
+    shuffle_buffer: int = key(
+        10_000, help="with data.dataset: records among which each is drawn; 0: its own order", unit="records"
+    )
     weights: dict[str, float] = key(
         {}, help="each source's part of the stream, over the sum of all; {}: by tokens ** (1 / temperature)"
     )

@@ -79,6 +79,12 @@ def share(size: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return size * rank // num_ranks, size * (rank + 1) // num_ranks
 
 
+def documents_of(inputs: np.ndarray, eod_id: int) -> np.ndarray:
+    """The number of each token's document in its row: int32 [rows, seq]. The token that ends one belongs to it."""
+    ends = inputs == eod_id
+    return (np.cumsum(ends, axis=1) - ends).astype(np.int32)
+
+
 class PretrainStream:
     """The endless shuffled stream of global batches; every data-parallel size sees the same ones.
 
@@ -201,15 +207,9 @@ class PretrainStream:
                     f"{held.folder}: token {largest} must be below the tokenizer's vocabulary, {self.vocab_size}"
                 )
         cut = (num_rows * length // sequence_length, sequence_length)  # no copy where rows stay whole
-        inputs, labels, mask = tokens[:, :-1].reshape(cut), tokens[:, 1:].reshape(cut), mask.reshape(cut)
-        return Batch(
-            inputs, labels, mask, num_loss_tokens, self._documents(inputs) if self.separate_documents else None
-        )
-
-    def _documents(self, inputs: np.ndarray) -> np.ndarray:
-        """The number of each token's document in its row: int32 [rows, seq]. The token that ends one belongs to it."""
-        ends = inputs == self.eod_id
-        return (np.cumsum(ends, axis=1) - ends).astype(np.int32)
+        inputs, labels, masks = (values.reshape(cut) for values in (tokens[:, :-1], tokens[:, 1:], mask))
+        documents = documents_of(inputs, self.eod_id) if self.separate_documents else None
+        return Batch(inputs, labels, masks, num_loss_tokens, documents)
 
     def _want(self, step: int, dp_rank: int, dp_size: int) -> None:
         """Have the shards fetched that a data rank needs for this step and those after it."""

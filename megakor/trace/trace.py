@@ -37,6 +37,8 @@ def trace(config: TraceConfig) -> None:
     """
     run = Path(config.run)
     data, train = load_run(run)
+    if data.dataset:
+        raise ValueError(f"run={run} must be trained on shards: the steps of data.dataset cannot be traced")
     stream, num_steps = pretrain_stream(data, train, Tokenizer.load(run / "tokenizer"), run), train.num_steps
     if config.document is not None:
         records = sightings(stream, config.document, num_steps)
