@@ -40,14 +40,15 @@ def fingerprints(run: Path, sources: Mapping[str, Source], accept_changed: Colle
         manifest, path = source.manifest, table_path(run, name)
         if path.exists():
             began = Shards.from_bytes(path.read_bytes())
-            _compare(source, began, accept_changed)
+            key = f"data.sources.{name}" if name else "data.train"
+            _compare(f"{key}={source.folder}", source, began, accept_changed)
             manifest = replace(manifest, shards=began)
         found[name] = manifest.fingerprint()
     return found
 
 
-def _compare(source: Source, began: Shards, accept_changed: Collection[str]) -> None:
-    now, folder = source.manifest.shards, str(source.folder)
+def _compare(folder: str, source: Source, began: Shards, accept_changed: Collection[str]) -> None:
+    now = source.manifest.shards
     if len(now) != len(began):
         raise ValueError(f"{folder}: has {len(now)} shards, and must have the {len(began)} that the run began with")
     for number in np.flatnonzero((began.digests != now.digests).any(axis=1)):

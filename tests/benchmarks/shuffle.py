@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.shuffle
 
-256 shards of 1,024 samples. Each sample has a value, its shard's plus its own, of equal variance: shards differ, as they
-do when text was not shuffled before it was sharded. A loss that follows the values would show how well they are mixed:
-`std` is the deviation of the means of batches of 256 over that of a true permutation's, `lag 1` the correlation of the
-means of neighbouring batches, `neighbours` that of neighbouring samples. `open` is the part of all shards that is read
-from at a time. Over eight seeds; the last line is one JSON object.
+256 shards of 1,024 samples. Each sample has a value, its shard's plus its own, of equal variance: shards differ, as
+they do when text was not shuffled before it was sharded. A loss that follows the values would show how well they are
+mixed: `std` is the deviation of the means of batches of 256 over that of a true permutation's, `lag 1` the correlation
+of the means of neighbouring batches, `neighbours` that of neighbouring samples. `open` is the part of all shards that
+is read from at a time. Over eight seeds; the last line is one JSON object.
 """
 
 from __future__ import annotations

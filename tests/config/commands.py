@@ -27,6 +27,7 @@ NEEDED = {
     "shard": ["inputs=a", "tokenizer=t", "out=o"],
     "pretrain": PRETRAIN,
     "simulate": PRETRAIN,
+    "trace": ["run=r", "step=1"],
     "instruct": INSTRUCT,
     "export": ["run=r", "out=o"],
     "evaluate": ["run=r", "heldout=h"],

@@ -118,7 +118,10 @@ def test_a_bad_run_folder_under_the_launcher_is_one_clear_line(made: Made, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train.global_batch_size=6"], ["train.global_batch_size=6", "divisible", "2 × 2"]),
+        (
+            ["train.sequence_length=60000", "model.max_position_embeddings=60000"],
+            ["sequence_length=60000 must be below"],
+        ),
         (["parallel.pipeline_parallel_size=2", "parallel.data_parallel_size=2"], ["parallel.data_parallel_size=2"]),
         (["data.tokenizer=/없는/곳"], ["/없는/곳"]),
     ],

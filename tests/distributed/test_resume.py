@@ -133,7 +133,13 @@ STEPS = 2 * len(LINKS)
 def chained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each link goes on from the one before, in processes of its own; beside it the same run on one rank."""
     folder = tmp_path_factory.mktemp("chained")
-    every = {"checkpoint__interval": 2, "train__num_steps": STEPS, "evaluation__interval": STEPS}
+    # With Adam's usual eps, a gradient that is rounding alone would be divided by its own size.
+    every = {
+        "checkpoint__interval": 2,
+        "train__num_steps": STEPS,
+        "evaluation__interval": STEPS,
+        "optimizer__eps": 1e-6,
+    }
     alone = [Job(configuration(made, folder / f"{name}, one rank", **every | chain)) for name, chain in CHAINS.items()]
     for number, (world_size, link) in enumerate(LINKS, 1):
         jobs = [
@@ -190,8 +196,8 @@ def started(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_would_go_on_otherwise_is_refused(started: Path, made: Made, other: Made, tmp_path: Path) -> None:
     cases: dict[str, tuple[dict[str, Any], list[str]]] = {
         "tokenizer": ({"data__train": other.train, "data__tokenizer": other.tokenizer, "data__validation": {}},
-                      ["data.tokenizer=", "data.train=", "model.vocab_size=1152 must be 1408"]),
-        "data": ({"data__train": made.heldout}, ["data.train="]),
+                      ["data.train=", "and must have the"]),
+        "data": ({"data__train": made.heldout}, ["data.train=", "that the run began with"]),
         "order": ({"train__seed": 8, "train__sequence_length": 16},
                   ["train.seed=8 must be 7", "train.sequence_length=16 must be 32"]),
         "batch": ({"train__global_batch_size": 16}, ["train.global_batch_size=16 must be 8"]),
