@@ -5,7 +5,8 @@ Position p of the endless stream belongs to epoch p // num_samples; every epoch 
     shards, permuted for the epoch and laid end to end:   s5 s0 s7 | s1 s3 s6 | s4 s2      one line of samples
     cut into canonical streams of equal length:           stream 0 | stream 1 | stream 2
     each stream cut into windows, samples permuted within a window
-    position p of the epoch:                               the (p // streams)-th of stream p mod streams
+    position p of the epoch:                               the (p // streams)-th of a stream; streams take turns in an
+                                                           order of the epoch's, each round from another one on
 
 A node that takes whole streams of a batch thus reads its own shards alone, a window's at a time, and another number of
 nodes takes other streams of the same batch. Only a shard that lies across the border of two streams is read by both.
@@ -67,12 +68,15 @@ class SourceOrder:
         self.num_streams, self.window = min(num_streams, self.num_samples), window
         self._identity = f"megakor order {ORDER_VERSION} seed {seed} source {name}"
         self._keys = root_keys(f"{self._identity} samples")
+        self._round_keys = root_keys(f"{self._identity} rounds")[:1]
         self._line = lru_cache(maxsize=4)(self._line_of_epoch)
+        self._ring = lru_cache(maxsize=4)(self._ring_of_epoch)
 
     def at(self, positions: np.ndarray) -> Places:
         """The samples at positions of the endless stream, int64 [n], each at least 0."""
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
-        numbers, streams = np.divmod(places, self.num_streams)
+        numbers, turns = np.divmod(places, self.num_streams)
+        streams = self._streams(epochs, numbers, turns)
         first, sizes, keys = self._windows(epochs, streams, numbers)
         lines = self._starts(streams) + first + permute(numbers - first, sizes, keys)
         shards, samples = np.empty_like(lines), np.empty_like(lines)
@@ -97,7 +101,32 @@ class SourceOrder:
         numbers = lines - self._starts(streams)
         first, sizes, keys = self._windows(epochs, streams, numbers)
         numbers = first + unpermute(numbers - first, sizes, keys)
-        return epochs * self.num_samples + numbers * self.num_streams + streams
+        return epochs * self.num_samples + numbers * self.num_streams + self._turns(epochs, numbers, streams)
+
+    def _streams(self, epochs: np.ndarray, numbers: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """Whose turn it is in each round.
+
+        With streams in their own order, small batches would draw from one end of the line and the other in turn.
+        """
+        streams = (turns + self._begins(epochs, numbers)) % self.num_streams
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            streams[here] = self._ring(int(epoch))[streams[here]]
+        return np.where(numbers < self.num_samples // self.num_streams, streams, turns)  # the last round is a short one
+
+    def _turns(self, epochs: np.ndarray, numbers: np.ndarray, streams: np.ndarray) -> np.ndarray:
+        """The inverse of `_streams`."""
+        turns = np.empty_like(streams)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            turns[here] = np.argsort(self._ring(int(epoch)))[streams[here]]
+        turns = (turns - self._begins(epochs, numbers)) % self.num_streams
+        return np.where(numbers < self.num_samples // self.num_streams, turns, streams)
+
+    def _begins(self, epochs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Where on the ring of streams each round begins: int64 [n]."""
+        drawn = child_keys(self._round_keys[None], epochs, numbers)[:, 0]
+        return (drawn % np.uint64(self.num_streams)).astype(np.int64)
 
     def _starts(self, streams: np.ndarray) -> np.ndarray:
         """The first sample of each stream on the line."""
@@ -124,3 +153,7 @@ class SourceOrder:
         shuffled = permutation(len(self.samples_of_shards), root_keys(f"{self._identity} shards of epoch {epoch}"))
         counts = self.samples_of_shards[shuffled]
         return shuffled, np.cumsum(counts) - counts
+
+    def _ring_of_epoch(self, epoch: int) -> np.ndarray:
+        """The order in which streams take turns: int64 [num_streams]."""
+        return permutation(self.num_streams, root_keys(f"{self._identity} streams of epoch {epoch}"))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from megakor.data.order import ORDER_VERSION, SourceOrder
 
-GOLDEN_SMALL = [[0, 0, 0], [0, 2, 4], [1, 3, 0], [1, 2, 3]]
-GOLDEN_LARGE = [[0, 0, 1, 1_000_000], [31_866, 85_802, 99_605, 73_755], [1225, 9194, 1899, 3349], [0, 63, 0, 7]]
+GOLDEN_SMALL = [[0, 2, 4], [0, 0, 0], [1, 3, 0], [1, 2, 3]]
+GOLDEN_LARGE = [[0, 0, 1, 1000000], [95939, 74412, 20827, 95821], [8181, 8059, 372, 913], [4, 62, 40, 40]]
 
 shards = st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(any)
 orders = st.builds(
@@ -64,10 +64,11 @@ def test_the_way_back(order: SourceOrder, start: int) -> None:
 @settings(deadline=None, max_examples=60)
 @given(orders, st.integers(0, 10**6))
 def test_streams_take_turns_and_keep_to_their_shards(order: SourceOrder, epoch: int) -> None:
-    """Position p belongs to stream p mod streams, and a stream reads a run of the epoch's line of shards."""
+    """In every round each stream has one turn, and a stream reads a run of the epoch's line of shards."""
     positions = np.arange(epoch * order.num_samples, (epoch + 1) * order.num_samples)
     places = order.at(positions)
-    assert np.array_equal(places.streams, (positions - positions[0]) % order.num_streams)
+    rounds = np.split(places.streams, range(order.num_streams, len(positions), order.num_streams))
+    assert all(sorted(turns.tolist()) == list(range(len(turns))) for turns in rounds)
     read = [len(set(places.shards[places.streams == stream].tolist())) for stream in range(order.num_streams)]
     assert sum(read) <= (order.samples_of_shards > 0).sum() + order.num_streams - 1  # one more at each border
 
@@ -93,6 +94,13 @@ def test_shuffled_evenly() -> None:
     first, second, other = samples(1, 0), samples(1, n), samples(2, 0)
     for left, right in ((first, second), (first, other), (first[:-1], first[1:]), (first, np.arange(n))):
         assert abs(np.corrcoef(left, right)[0, 1]) < limit
+
+
+def test_small_batches_draw_from_the_whole_line() -> None:
+    """Batches of half as many samples as there are streams are no more from one half of the line than drawn ones."""
+    order = SourceOrder(np.array([64 * 100]), seed=1, num_streams=64)
+    halves = (order.at(np.arange(6400)).streams < 32).reshape(-1, 32).mean(axis=1)
+    assert halves.std() < 0.12  # of drawn ones 0.06; in the streams' own order 0.5
 
 
 def test_sources_are_shuffled_differently() -> None:
