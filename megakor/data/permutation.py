@@ -14,6 +14,8 @@ import numpy as np
 
 NUM_ROUNDS = 8
 MAX_SIZE = 2**62
+SHIFTS = tuple(map(np.uint64, (30, 27, 31)))
+FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def root_keys(text: str) -> np.ndarray:
@@ -87,6 +89,9 @@ def _inverse_feistel(values: np.ndarray, half_bits: np.ndarray, keys: np.ndarray
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Stafford's mix 13): every input bit moves every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    shift, *shifts = SHIFTS
+    values = values ^ (values >> shift)
+    for factor, shift in zip(FACTORS, shifts, strict=True):  # in place: arrays are small, and new ones cost most
+        values *= factor
+        values ^= values >> shift
+    return values
