@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megakor.checkpoint.reader import load_model, read_weights, resolve
-from megakor.data.stream import HeldoutSet
+from megakor.data.heldout import HeldoutSet
 from megakor.model.loss import token_losses
 from tests.distributed.runs import (
     BF16,
