@@ -23,6 +23,10 @@ class HeldoutSet:
             raise ValueError(f"train.sequence_length={sequence_length} must be at least 1")
         self.name = name
         self.tokens = Source(folder, files)
+        if self.tokens.foreign:
+            raise ValueError(
+                f"{name}={folder} must be shards that megakor made: others do not tell the bytes of their text"
+            )
         self.sequence_length = sequence_length
         self.num_tokens = self.tokens.num_tokens
         self.num_text_bytes = self.tokens.manifest.num_text_bytes

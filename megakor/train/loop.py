@@ -139,6 +139,10 @@ class Reporter:
                 config.name, f"{count:,}", training.first_step, config.train.num_steps, dist.get_world_size(),
                 training.engine.dims.pipeline, training.engine.dims.data, peak_tflops,
             )  # fmt: skip
+            engine, size = training.engine, config.train.global_batch_size
+            rows = engine.num_micro_batches * engine.micro_batch_size * engine.dims.data
+            if rows > size:
+                log.warning("train.global_batch_size=%d: %d rows of a step are filled up", size, rows - size)
         remaining = config.train.num_steps - training.first_step
         self.bar: Progress[None] = progress(total=remaining, unit="step", description=config.name)
 

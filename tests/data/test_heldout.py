@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megakor.data.heldout import HeldoutSet
 from tests.data.conftest import EOD, NUM_TOKENS
+from tests.data.test_foreign import write_pair
 
 
 @settings(deadline=None, max_examples=50)
@@ -25,6 +26,13 @@ def test_heldout_predicts_every_token_once(folder: Path, length: int, count: int
     assert contexts == [EOD, *range(NUM_TOKENS - 1)]
     assert (heldout.num_tokens, heldout.num_windows) == (NUM_TOKENS, -(-NUM_TOKENS // length))
     assert heldout.num_text_bytes == heldout.tokens.manifest.num_text_bytes
+
+
+def test_shards_of_other_makers(tmp_path: Path) -> None:
+    """How many bytes their text had is not known."""
+    write_pair(tmp_path / "set", [[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"heldout=.*set must be shards that megakor made"):
+        HeldoutSet("heldout", tmp_path / "set", 2)
 
 
 def test_bad_length(folder: Path) -> None:
