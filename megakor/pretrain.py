@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +13,20 @@ from megakor.data.changes import keep_tables
 from megakor.data.heldout import HeldoutSet
 from megakor.data.hub import DatasetStream, dataset_stream
 from megakor.data.manifest import check_files
-from megakor.data.stream import PretrainStream, pretrain_stream
+from megakor.data.stream import PretrainStream, prefetcher, pretrain_stream
 from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import local_world_size
 from megakor.train.engine import Engine
 from megakor.train.loop import Training, train
-from megakor.train.run import check_continues, process_group, resolve_vocabulary, resume_point, write_run
+from megakor.train.run import (
+    check_continues,
+    check_same_everywhere,
+    process_group,
+    resolve_vocabulary,
+    resume_point,
+    write_run,
+)
 from megakor.train.values import SeededValues, Values
 
 
@@ -33,13 +40,16 @@ def run(config: PretrainConfig) -> None:
             stream = dataset_stream(config.data, size, tokenizer)
         else:
             stream = pretrain_stream(config.data, size, tokenizer, run, local_world_size())
+        files = stream.files or prefetcher(config.data, local_world_size())
         heldout = [
-            HeldoutSet(name, folder, size.sequence_length, stream.files)
+            HeldoutSet(name, folder, size.sequence_length, files, config.data.separate_documents)
             for name, folder in config.data.validation.items()
         ]
         for source in (*stream.sources.values(), *(held_out.tokens for held_out in heldout)):
             source.manifest.check_tokenizer(tokenizer.fingerprint, f"data.tokenizer={config.data.tokenizer}")
-            on_first_rank(partial(check_files, source.folder, source.manifest))
+            if not source.foreign:
+                on_first_rank(partial(check_files, source.folder, source.manifest))
+        check_same_everywhere(stream.state(0))  # a folder of a node's own may hold other shards
         model = resolve_vocabulary(config.model, tokenizer.vocab_size)
         checkpoint = resume_point(config)
         with ExitStack() as stack:
@@ -52,7 +62,8 @@ def run(config: PretrainConfig) -> None:
             write_run(config, tokenizer)
             on_first_rank(partial(keep_tables, run, stream.sources))
             engine = Engine(config, model, tokenizer.vocab_size, dims, values)
-        train(Training(config, run, engine, stream, heldout, tokenizer.fingerprint, first_step))
+        with closing(stream):
+            train(Training(config, run, engine, stream, heldout, tokenizer.fingerprint, first_step))
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def check_weights(key: str, weights: Mapping[str, Any], names: Iterable[str]) ->
 
 def check_data(data: DataConfig) -> None:
     """The rules of what is trained on."""
-    given = [name for name in ("train", "sources", "dataset") if getattr(data, name)]
+    given = [name for name in ("train", "sources", "dataset") if getattr(data, name) not in (None, {})]
     if len(given) != 1:
         rule = f"must be given, not {' and '.join(given) or 'none'}"
         raise ValueError(f"one of data.train=, data.sources= and data.dataset= {rule}")

@@ -42,7 +42,9 @@ class DataConfig:
         None, help="folder on a disk of each node for shards that are elsewhere (s3://, gs://, hf://)"
     )
     cache_size: int = key(100 * 2**30, help="most that it holds; what was used longest ago makes room", unit="bytes")
-    accept_changed: list[str] = key([], help="shards that may differ from those that the run began with, by file name")
+    accept_changed: list[str] = key(
+        [], help="shards that may differ from those that the run began with: file names, or source/file"
+    )
     validation: dict[str, str] = key({}, help="named held-out sets: name -> folder of shards")
     tokenizer: str = key(help="folder of the tokenizer that made the shards")
 

@@ -41,20 +41,21 @@ def fingerprints(run: Path, sources: Mapping[str, Source], accept_changed: Colle
         if path.exists():
             began = Shards.from_bytes(path.read_bytes())
             key = f"data.sources.{name}" if name else "data.train"
-            _compare(f"{key}={source.folder}", source, began, accept_changed)
+            _compare(f"{key}={source.folder}", name, source, began, accept_changed)
             manifest = replace(manifest, shards=began)
         found[name] = manifest.fingerprint()
     return found
 
 
-def _compare(folder: str, source: Source, began: Shards, accept_changed: Collection[str]) -> None:
+def _compare(folder: str, name: str, source: Source, began: Shards, accept_changed: Collection[str]) -> None:
     now = source.manifest.shards
     if len(now) != len(began):
         raise ValueError(f"{folder}: has {len(now)} shards, and must have the {len(began)} that the run began with")
     for number in np.flatnonzero((began.digests != now.digests).any(axis=1)):
         (_, before), (file, after) = began[int(number)].file("bin"), now[int(number)].file("bin")
-        if file not in accept_changed or before.size != after.size:
-            rule = "; data.accept_changed waives this by the file's name" if before.size == after.size else ""
+        accepted = f"{name}/{file}" if name else file
+        if accepted not in accept_changed or before.size != after.size:
+            rule = f"; data.accept_changed=[{accepted}] waives this" if before.size == after.size else ""
             raise ValueError(
                 f"{folder}/{file}: has changed since the run began: sha256={after.sha256[:12]}…, {after.size} bytes, "
                 f"must be {before.sha256[:12]}…, {before.size} bytes{rule}"

@@ -23,8 +23,10 @@ def is_foreign(folder: str) -> bool:
     if "://" in folder:
         return False
     path = Path(folder)
-    in_folder = path.is_dir() and not (path / MANIFEST_NAME).exists() and any(path.glob("*.idx"))
-    return in_folder or idx_path(folder).is_file()
+    if path.is_dir():
+        ours = (path / MANIFEST_NAME).exists() or any(path.glob("shard-*.json"))  # whole, or not yet
+        return not ours and any(path.glob("*.idx"))
+    return idx_path(folder).is_file()
 
 
 def foreign_manifest(path: Path) -> tuple[RemoteFolder, Manifest]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from megakor.data.prefetch import Prefetcher
 from megakor.data.source import Source
-from megakor.data.stream import Batch
+from megakor.data.stream import Batch, documents_of
 
 
 class HeldoutSet:
@@ -18,7 +18,14 @@ class HeldoutSet:
     first token is predicted too; labels past the end are masked.
     """
 
-    def __init__(self, name: str, folder: str | Path, sequence_length: int, files: Prefetcher | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: str | Path,
+        sequence_length: int,
+        files: Prefetcher | None = None,
+        separate_documents: bool = False,
+    ) -> None:
         if sequence_length < 1:
             raise ValueError(f"train.sequence_length={sequence_length} must be at least 1")
         self.name = name
@@ -27,7 +34,7 @@ class HeldoutSet:
             raise ValueError(
                 f"{name}={folder} must be shards that megakor made: others do not tell the bytes of their text"
             )
-        self.sequence_length = sequence_length
+        self.sequence_length, self.separate_documents = sequence_length, separate_documents
         self.num_tokens = self.tokens.num_tokens
         self.num_text_bytes = self.tokens.manifest.num_text_bytes
         self.num_windows = -(-self.num_tokens // sequence_length)
@@ -50,4 +57,5 @@ class HeldoutSet:
             inputs[row, 0] = self.tokens.read(first - 1, 1)[0] if first else eod
             inputs[row, 1:valid] = labels[row, : valid - 1]
             mask[row, :valid] = 1.0
-        return Batch(inputs, labels, mask, self.num_tokens)
+        documents = documents_of(inputs, eod) if self.separate_documents else None
+        return Batch(inputs, labels, mask, self.num_tokens, documents)

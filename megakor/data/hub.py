@@ -62,6 +62,9 @@ class DatasetStream:
         self.sources: dict[str, Source] = {}
         self._samples, self._read = self._read_samples(), 0
 
+    def close(self) -> None:
+        """There is nothing to close."""
+
     def num_tokens(self, step: int) -> int:
         """Tokens of a step."""
         return self.plan.step(step).size * self.plan.sequence_length
@@ -79,7 +82,8 @@ class DatasetStream:
         num_micro_batches = -(-taken.size // (dp_size * micro_batch_size))
         tokens = np.full((num_micro_batches * micro_batch_size, length + 1), eod, dtype=np.int64)
         mask = np.zeros((len(tokens), length), dtype=np.float32)
-        tokens[: len(own)], mask[: len(own)] = own, 1.0
+        if own:
+            tokens[: len(own)], mask[: len(own)] = own, 1.0
         cut = (num_micro_batches, micro_batch_size * length // taken.sequence_length, taken.sequence_length)
         inputs, labels, masks = (values.reshape(cut) for values in (tokens[:, :-1], tokens[:, 1:], mask))
         return [

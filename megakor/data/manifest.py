@@ -129,8 +129,8 @@ def load_manifest(folder: RemoteFolder) -> Manifest:
 def check_files(folder: RemoteFolder, manifest: Manifest) -> None:
     """ValueError unless every shard's files are there in the size that the manifest says; one listing."""
     sizes = folder.sizes()
-    for shard in manifest.shards:
-        check_shard(str(folder), shard, sizes)
+    for name, size in manifest.shards.file_sizes():
+        check_size(f"{folder}/{name}", sizes.get(name), size)
 
 
 def verify_manifest(folder: Path) -> Manifest:
@@ -151,12 +151,14 @@ def verify_manifest(folder: Path) -> Manifest:
 def check_shard(folder: str, shard: ShardEntry, sizes: dict[str, int]) -> None:
     """ValueError unless the shard's files are among those of a folder, by their sizes in bytes."""
     for name, record in shard.files.items():
-        size = sizes.get(name)
-        if size != record.size:
-            found = "missing" if size is None else f"size={size}"
-            raise ValueError(
-                f"{folder}/{name}: {found}, must be {record.size} bytes, as the manifest says: truncated or changed"
-            )
+        check_size(f"{folder}/{name}", sizes.get(name), record.size)
+
+
+def check_size(path: str, size: int | None, expected: int) -> None:
+    """ValueError unless a file has the size that its manifest says; None: it is not there."""
+    if size != expected:
+        found = "missing" if size is None else f"size={size}"
+        raise ValueError(f"{path}: {found}, must be {expected} bytes, as the manifest says: truncated or changed")
 
 
 def write_json(path: Path, value: Any) -> None:

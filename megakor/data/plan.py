@@ -101,14 +101,13 @@ class Plan:
 
     def state(self, step: int) -> dict[str, Any]:
         """What the steps before `step` depend on, by configuration key."""
-        start = self.step(step).start
         sizes = [[phase.sample, phase.size] for phase in self._phases if phase.step < max(step, 1)]
-        ends = sorted(self.sequence_lengths)
-        firsts = [0, *(until for until in ends if until < start)]
+        begun = self.step(step - 1).start if step else 0
+        firsts = [0, *(until for until in sorted(self.sequence_lengths) if until <= begun)]
         lengths = [[first, self._length(first)] for first in firsts]
         return {
             "train.global_batch_size": sizes[0][1] if len(sizes) == 1 else sizes,
-            "train.sequence_lengths": [length for length in lengths if length[1] != self.sequence_length],
+            "train.sequence_lengths": lengths if any(size != self.sequence_length for _, size in lengths) else [],
             "data.skip": [list(window) for window in self.skip if window[1] <= self.end_of(step)],
         }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -113,6 +113,13 @@ class Shards(Sequence[ShardEntry]):
     def sources(self) -> list[str]:
         flat = self._table["sources"].combine_chunks().flatten()
         return sorted(flat.unique().to_pylist())
+
+    def file_sizes(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of every file of every shard."""
+        for column, suffix in SUFFIXES.items():
+            for prefix, size in zip(self.prefixes, self._table[f"{column}_size"].to_pylist(), strict=True):
+                if size is not None:
+                    yield prefix + suffix, size
 
     def _column(self, name: str) -> np.ndarray:
         """A column of numbers: int64 [num_shards]. Arrow's own way to NumPy would import pandas."""

@@ -98,6 +98,7 @@ class PretrainStream:
         fingerprints: of the sources' shards, as the run began with them.
         eod_id: of the token that ends a document, and fills rows up.
         vocab_size: tokens that the tokenizer has.
+        num_steps: of the run: nothing is fetched ahead for those after them.
         separate_documents: whether positions begin anew, and attention ends, where a document does.
         files: fetches what is elsewhere; told what the next steps need.
     """
@@ -114,13 +115,14 @@ class PretrainStream:
         fingerprints: Mapping[str, str],
         eod_id: int,
         vocab_size: int,
+        num_steps: int,
         separate_documents: bool = False,
         files: Prefetcher | None = None,
     ) -> None:
         self.sources, self.mixture, self.plan, self.seed = dict(sources), mixture, plan, seed
         self.num_streams, self.shuffle_window = num_streams, shuffle_window
         self.eod_id, self.vocab_size, self.separate_documents = eod_id, vocab_size, separate_documents
-        self.files = files
+        self.files, self.num_steps = files, num_steps
         self.orders = [
             SourceOrder(
                 source.samples_of_shards(plan.sequence_length),
@@ -135,6 +137,11 @@ class PretrainStream:
         self._fingerprints = dict(fingerprints)
         self._ones = lru_cache(lambda num_rows: np.ones((num_rows, plan.sequence_length), dtype=np.float32))
         self._rows_of = lru_cache(maxsize=STEPS_AHEAD + 1)(self.rows)
+
+    def close(self) -> None:
+        """Fetch no more."""
+        if self.files is not None:
+            self.files.close()
 
     def num_tokens(self, step: int) -> int:
         """Tokens of a step, those of short samples' ends included."""
@@ -216,7 +223,7 @@ class PretrainStream:
         if self.files is None:
             return
         wanted: dict[tuple[int, int], None] = {}  # an ordered set
-        for ahead in range(step, step + STEPS_AHEAD):
+        for ahead in range(step, min(step + STEPS_AHEAD, self.num_steps)):
             rows = self._rows_of(ahead)
             first, last = share(len(rows.positions), dp_rank, dp_size)
             pairs = zip(rows.sources[first:last].tolist(), rows.shards[first:last].tolist(), strict=True)
@@ -271,6 +278,13 @@ def pretrain_stream(
     changes = {-(-tokens // train.sequence_length): weights for tokens, weights in data.curriculum.items()}
     curriculum = {at: [weights[name] for name in sources] for at, weights in {0: first, **changes}.items()}
     mixture = Mixture(shares, curriculum, train.seed)
+    for number, used in enumerate(shares):
+        last = mixture.phases[-1]
+        if used.max_epochs and curriculum[0][number] and not last.drawn[number] and not last.weights[number]:
+            raise ValueError(
+                f"data.max_epochs.{used.name}={used.max_epochs} must leave more than {used.limit} samples: they are less "
+                f"than the source's part of a block of {mixture.block}"
+            )
     end = plan.end_of(train.num_steps)
     if mixture.end is not None and end > mixture.end:
         raise ValueError(
@@ -287,6 +301,7 @@ def pretrain_stream(
         fingerprints=fingerprints(run, sources, data.accept_changed),
         eod_id=tokenizer.eod_id,
         vocab_size=tokenizer.vocab_size,
+        num_steps=train.num_steps,
         separate_documents=data.separate_documents,
         files=files,
     )

@@ -39,16 +39,21 @@ def trace(config: TraceConfig) -> None:
     data, train = load_run(run)
     if data.dataset:
         raise ValueError(f"run={run} must be trained on shards: the steps of data.dataset cannot be traced")
-    stream, num_steps = pretrain_stream(data, train, Tokenizer.load(run / "tokenizer"), run), train.num_steps
+    stream, num_steps = pretrain_stream(data, train, Tokenizer.load(run / "tokenizer"), run), last_step(run)
     if config.document is not None:
         records = sightings(stream, config.document, num_steps)
     elif config.step is not None:
         if config.step > num_steps:
-            raise ValueError(f"step={config.step} must be at most train.num_steps={num_steps} of run={run}")
+            raise ValueError(f"step={config.step} must be at most {num_steps}, the last that run={run} has logged")
         records = [asdict(passage) for passage in passages(stream, config.step)]
     else:
         records = around_spikes(stream, run, config, num_steps)
     tell(records, config.format)
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run has taken, by its metrics."""
+    return max((record["step"] for record in read_metrics(run) if record["kind"] == "train"), default=0)
 
 
 def load_run(run: Path) -> tuple[DataConfig, TrainConfig]:

@@ -157,8 +157,10 @@ def check_continues(
     if "data.train" in data:
         ours["data.tokenizer"], theirs["data.tokenizer"] = ours.pop("tokenizer"), theirs.pop("tokenizer")
     if ours.keys() != theirs.keys():
+        others = ", ".join(sorted(ours.keys() ^ theirs.keys()))
         raise ValueError(
-            f"run={config.run} must be a folder of its own: it holds the checkpoints of another verb's run"
+            f"run={config.run} must be a folder of its own: its checkpoints are of a run of another kind, which differs "
+            f"in having {others}"
         )
     differences = [f"{key}={ours[key]} must be {theirs[key]}" for key in sorted(ours) if ours[key] != theirs[key]]
     if differences:

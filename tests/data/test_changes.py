@@ -27,9 +27,12 @@ def test_a_changed_shard_is_named_and_may_be_accepted(tmp_path: Path) -> None:
     keep_tables(tmp_path / "run", sources)
     began = fingerprints(tmp_path / "run", sources, [])
     changed = made(tmp_path / "a", [BEGAN[0], [[6, 8]]])
-    with pytest.raises(ValueError, match=r"a/shard-00001\.bin: has changed since .*data\.accept_changed waives"):
-        fingerprints(tmp_path / "run", changed, ["shard-00000.bin"])
-    assert fingerprints(tmp_path / "run", changed, ["shard-00001.bin"]) == began
+    with pytest.raises(
+        ValueError,
+        match=r"a/shard-00001\.bin: has changed.*=\[위키/shard-00001\.bin\] waives this",
+    ):
+        fingerprints(tmp_path / "run", changed, ["위키/shard-00000.bin", "shard-00001.bin"])
+    assert fingerprints(tmp_path / "run", changed, ["위키/shard-00001.bin"]) == began
     keep_tables(tmp_path / "run", changed)  # what the run began with stays
     with pytest.raises(ValueError, match="has changed since"):
         fingerprints(tmp_path / "run", changed, [])
@@ -38,6 +41,6 @@ def test_a_changed_shard_is_named_and_may_be_accepted(tmp_path: Path) -> None:
 def test_other_counts_cannot_be_accepted(tmp_path: Path) -> None:
     keep_tables(tmp_path / "run", made(tmp_path / "a", BEGAN))
     with pytest.raises(ValueError, match=r"shard-00001\.bin: .*6 bytes, must be \w+…, 4 bytes$"):
-        fingerprints(tmp_path / "run", made(tmp_path / "a", [BEGAN[0], [[6, 7, 8]]]), ["shard-00001.bin"])
+        fingerprints(tmp_path / "run", made(tmp_path / "a", [BEGAN[0], [[6, 7, 8]]]), ["위키/shard-00001.bin"])
     with pytest.raises(ValueError, match="has 3 shards, and must have the 2 that the run began with"):
         fingerprints(tmp_path / "run", made(tmp_path / "a", [*BEGAN, [[9]]]), [])

@@ -73,7 +73,8 @@ def test_each_node_fetches_its_part(tmp_path: Path, num_nodes: int, record_prope
     num_shards, num_samples, num_streams = 64, 32, 16
     url = f"memory://{tmp_path.name}"
     upload(write_source(tmp_path / "here", num_shards, num_samples), url)
-    keys = {"sequence_length": LENGTH, "global_batch_size": 32, "num_streams": num_streams, "shuffle_window": 64}
+    keys = {"sequence_length": LENGTH, "global_batch_size": 32, "num_streams": num_streams, "shuffle_window": 64,
+            "num_steps": num_shards * num_samples // 32}  # fmt: skip
     expected = made(tmp_path / "here", **keys)
     fetched = []
     for node in range(num_nodes):

@@ -53,7 +53,7 @@ def test_state_is_of_the_past() -> None:
     assert plan.state(3) == {"train.global_batch_size": 4, "train.sequence_lengths": [[0, 8]], "data.skip": []}
     assert plan.state(5) == {
         "train.global_batch_size": [[0, 4], [16, 8]],
-        "train.sequence_lengths": [[0, 8]],
+        "train.sequence_lengths": [[0, 8], [16, 16]],
         "data.skip": [[20, 24]],
     }
     for changed in (

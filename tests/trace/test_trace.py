@@ -87,7 +87,7 @@ def test_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ([], "one of step=, document= and spikes=true must be given, not none"),
     (["step=1", "spikes=true"], "must be given, not step and spikes"),
     (["step=0"], "step=0 must be above 0"),
-    (["step=41"], "step=41 must be at most train.num_steps=40"),
+    (["step=41"], "step=41 must be at most 40, the last that"),
     (["document=없음"], "document=없음 must be the id of a document"),
     (["step=1", "format=xml"], "format=xml must be table or json"),
 ])  # fmt: skip
