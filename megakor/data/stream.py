@@ -282,8 +282,8 @@ def pretrain_stream(
         last = mixture.phases[-1]
         if used.max_epochs and curriculum[0][number] and not last.drawn[number] and not last.weights[number]:
             raise ValueError(
-                f"data.max_epochs.{used.name}={used.max_epochs} must leave more than {used.limit} samples: they are less "
-                f"than the source's part of a block of {mixture.block}"
+                f"data.max_epochs.{used.name}={used.max_epochs} must leave more than {used.limit} samples: that is "
+                f"less than the source's part of a block of {mixture.block}"
             )
     end = plan.end_of(train.num_steps)
     if mixture.end is not None and end > mixture.end:

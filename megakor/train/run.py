@@ -159,8 +159,8 @@ def check_continues(
     if ours.keys() != theirs.keys():
         others = ", ".join(sorted(ours.keys() ^ theirs.keys()))
         raise ValueError(
-            f"run={config.run} must be a folder of its own: its checkpoints are of a run of another kind, which differs "
-            f"in having {others}"
+            f"run={config.run} must be a folder of its own: its checkpoints are of a run of another kind, which "
+            f"differs in having {others}"
         )
     differences = [f"{key}={ours[key]} must be {theirs[key]}" for key in sorted(ours) if ours[key] != theirs[key]]
     if differences:

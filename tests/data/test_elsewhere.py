@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -65,6 +66,18 @@ def test_a_cache_that_holds_a_fraction(bucket: Bucket, tmp_path: Path) -> None:
         assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("?" * 64)) <= 5 * size
     assert there.files is not None
     there.files.close()
+
+
+def test_nothing_is_fetched_past_the_end(bucket: Bucket, tmp_path: Path) -> None:
+    """The last steps of a run that uses its source up."""
+    local = write_source(tmp_path / "here", 8, 40)
+    upload(local, bucket.url)
+    keys: dict[str, Any] = {"sequence_length": LENGTH, "global_batch_size": 32, "num_steps": 8, "max_epochs": {"": 1}}
+    here, there = made(local, **keys), made(bucket.url, **keys, cache=str(tmp_path / "cache"))
+    assert here.mixture.end is not None
+    for step in range(8):
+        assert equal(whole(there, step), whole(here, step))
+    there.close()
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 4, 8])

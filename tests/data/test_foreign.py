@@ -74,6 +74,13 @@ def test_what_is_wrong_with_a_pair(pairs: Path) -> None:
         Source(pairs)
 
 
+def test_unfinished_shards_of_our_own(pairs: Path) -> None:
+    """They have pairs and no manifest either, and are not whole."""
+    (pairs / "shard-00000.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json: not there; `megakor shard out=.*` writes it once"):
+        Source(pairs)
+
+
 def test_a_token_that_the_tokenizer_has_not(tmp_path: Path) -> None:
     """Of shards of one's own the tokenizer is known; of others' it shows when they are read."""
     write_pair(tmp_path / "set", [[*range(20), 60_000]])

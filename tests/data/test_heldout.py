@@ -28,6 +28,12 @@ def test_heldout_predicts_every_token_once(folder: Path, length: int, count: int
     assert heldout.num_text_bytes == heldout.tokens.manifest.num_text_bytes
 
 
+def test_documents_apart(folder: Path) -> None:
+    kept = HeldoutSet("heldout", folder, 7, separate_documents=True).windows(0, 2)
+    assert kept.documents is not None
+    assert kept.documents.tolist() == [[0, *[1] * 6], [0] * 7]  # an end token stands before the first document
+
+
 def test_shards_of_other_makers(tmp_path: Path) -> None:
     """How many bytes their text had is not known."""
     write_pair(tmp_path / "set", [[1, 2, 3]])

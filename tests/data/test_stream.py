@@ -132,6 +132,12 @@ def test_more_than_the_sources_may_give(folder: Path, small: Path) -> None:
         made({"a": folder, "b": small}, max_epochs={"a": 3, "b": 3}, num_steps=60)
 
 
+def test_less_than_a_block_of_a_source(folder: Path, small: Path) -> None:
+    """Such a source would never be drawn from, and nobody would be told."""
+    with pytest.raises(ValueError, match=r"data\.max_epochs\.b=1 must leave more than 20 samples"):
+        made({"a": folder, "b": small}, max_epochs={"b": 1}, weights={"a": 1.0, "b": 9.0})
+
+
 def test_batch(folder: Path) -> None:
     (batch, _) = made(folder, sequence_length=20).micro_batches(2, 1, 2, 2)
     counts = batch.loss_mask == 1
