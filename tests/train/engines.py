@@ -103,7 +103,7 @@ def by_hand(config: PretrainConfig, num_steps: int) -> tuple[list[StepResult], d
 class Heldout:
     """A held-out set of two windows more than a round has."""
 
-    num_windows = GLOBAL_BATCH + 2
+    num_windows, sequence_length = GLOBAL_BATCH + 2, SEQ
 
     def windows(self, start: int, count: int) -> Batch:
         ids = np.random.default_rng(77).integers(0, NUM_TOKENS, (self.num_windows + 2 * count * GLOBAL_BATCH, SEQ + 1))
