@@ -65,14 +65,6 @@ class DatasetStream:
     def close(self) -> None:
         """There is nothing to close."""
 
-    def num_tokens(self, step: int) -> int:
-        """Tokens of a step."""
-        return self.plan.step(step).size * self.plan.sequence_length
-
-    def num_tokens_before(self, step: int) -> int:
-        """Tokens of all steps before."""
-        return self.plan.step(step).start * self.plan.sequence_length
-
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
         """Data rank `dp_rank`'s micro-batches of global batch `step`, from 0; dealt as those of shards are."""
         taken, length, eod = self.plan.step(step), self.plan.sequence_length, self.tokenizer.eod_id

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from megakor.data.source import Source
 from megakor.data.stream import PretrainStream
+
+NEAR = 16  # shards whose tables are kept at a time
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,15 @@ def passages(stream: PretrainStream, step: int) -> list[Passage]:
     """What made the batch of a step, numbered from 1, row by row."""
     rows, length, names = stream.rows(step - 1), stream.plan.sequence_length, list(stream.sources)
     found: list[Passage] = []
+    # Rows come by stream, so those of a shard are near each other: its tables are read once.
+    starts_of = lru_cache(NEAR)(lambda name, shard: stream.sources[name].document_starts(shard))
+    origins_of = lru_cache(NEAR)(lambda name, shard: stream.sources[name].origins(shard))
     for row, (source, shard, sample) in enumerate(zip(rows.sources, rows.shards, rows.samples, strict=True)):
         name = names[source]
         held = stream.sources[name]
         first = int(sample) * length
         last = first + int(held.num_labels(np.array([shard]), np.array([sample]), length)[0])  # of its tokens
-        starts, origins = held.document_starts(int(shard)), held.origins(int(shard))
+        starts, origins = starts_of(name, int(shard)), origins_of(name, int(shard))
         # Empty documents hold no token of it.
         begin, end = (int(np.searchsorted(starts, token, side="right")) - 1 for token in (first, last))
         for number in range(begin, end + 1):

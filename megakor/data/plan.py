@@ -78,6 +78,14 @@ class Plan:
         start = phase.sample + (number - phase.step) * phase.size
         return Step(start, phase.size, self._length(start))
 
+    def num_tokens(self, step: int) -> int:
+        """Tokens of a step, those that fill rows up included."""
+        return self.step(step).size * self.sequence_length
+
+    def num_tokens_before(self, step: int) -> int:
+        """Tokens of all steps before."""
+        return self.step(step).start * self.sequence_length
+
     def step_of(self, sample: int) -> int:
         """The step that takes a sample of the run."""
         phase = next(phase for phase in reversed(self._phases) if phase.sample <= sample)

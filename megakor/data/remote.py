@@ -127,7 +127,7 @@ class RemoteFolder:
         try:
             filesystem, path = fsspec.core.url_to_fs(self.url)
         except Exception as error:
-            raise explained(error, self.url) from None
+            raise explained(error, self.url) from None  # whatever it is, and without its secrets, as above
         if getattr(filesystem, "retries", 1) > 1:
             filesystem.retries = 1  # or its attempts and ours would multiply
         return filesystem, path

@@ -153,8 +153,6 @@ class Shards(Sequence[ShardEntry]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shards) and self._table.equals(other._table)
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def check_name(name: str) -> None:
     """ValueError when a file's name leads out of its folder."""

@@ -143,14 +143,6 @@ class PretrainStream:
         if self.files is not None:
             self.files.close()
 
-    def num_tokens(self, step: int) -> int:
-        """Tokens of a step, those of short samples' ends included."""
-        return self.plan.step(step).size * self.plan.sequence_length
-
-    def num_tokens_before(self, step: int) -> int:
-        """Tokens of all steps before."""
-        return self.plan.step(step).start * self.plan.sequence_length
-
     def rows(self, step: int) -> Rows:
         """The samples of global batch `step` (from 0), in the order of their canonical streams."""
         taken = self.plan.step(step)

@@ -126,14 +126,6 @@ class PairStream:
         self.order = SourceOrder(np.array([num_rows]), seed=seed, name="pairs", window=num_rows)  # long rows come first
         log.info("%d pairs in %d rows, %.0f %% full", len(examples), num_rows, 100 * self.rows.fill)
 
-    def num_tokens(self, step: int) -> int:
-        """Tokens of a step, those that fill its rows up included."""
-        return self.plan.step(step).size * self.plan.sequence_length
-
-    def num_tokens_before(self, step: int) -> int:
-        """Tokens of all steps before."""
-        return self.plan.step(step).start * self.plan.sequence_length
-
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]:
         """Data rank `dp_rank`'s micro-batches of global batch `step`, counted from 0; dealt as pretraining's are."""
         taken = self.plan.step(step)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.save import save_checkpoint
 from megakor.config.schema import EngineConfig, ModelConfig
+from megakor.data.plan import Plan
 from megakor.data.stream import Batch
 from megakor.logs import Progress, get_logger, progress
 from megakor.model.flops import train_flops_per_token
@@ -33,9 +34,8 @@ log = get_logger(__name__)
 class Stream(Protocol):
     """A source of global batches that is a pure function of the step."""
 
-    def num_tokens(self, step: int) -> int: ...
-
-    def num_tokens_before(self, step: int) -> int: ...
+    @property
+    def plan(self) -> Plan: ...
 
     def micro_batches(self, step: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[Batch]: ...
 
@@ -158,11 +158,11 @@ class Reporter:
         self.bar.update(1)
         if self.metrics is None or step % self.training.config.logging.interval:
             return
-        stream = self.training.stream
-        tokens = stream.num_tokens(step - 1)
+        plan = self.training.stream.plan
+        tokens = plan.num_tokens(step - 1)
         speed = Throughput(seconds, tokens, self.flops_per_token, self.peak_tflops).record()
         self.metrics.write(
-            "train", step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=stream.num_tokens_before(step), **speed
+            "train", step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=plan.num_tokens_before(step), **speed
         )
         if step % max(1, self.training.config.train.num_steps // 20) == 0 or step == self.training.first_step + 1:
             log.info(

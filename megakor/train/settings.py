@@ -45,10 +45,6 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
     }
 
 
-def num_micro_batches(config: EngineConfig, dims: ParallelDims, size: int | None = None) -> int:
-    """Micro-batches of a rank in a step of `size` sequences; where they do not divide, the last ones are filled up.
-
-    Args:
-        size: None: `train.global_batch_size`.
-    """
-    return -(-(size or config.train.global_batch_size) // (config.train.micro_batch_size * dims.data))
+def num_micro_batches(config: EngineConfig, dims: ParallelDims) -> int:
+    """Micro-batches of a rank in a step of the global batch size; where they do not divide it, rows fill them up."""
+    return -(-config.train.global_batch_size // (config.train.micro_batch_size * dims.data))
