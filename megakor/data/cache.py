@@ -1,15 +1,17 @@
-"""Remote shards on this machine's disk: fetched once, shared by all processes of a node, never above a size.
+"""Remote shards on this machine's disk: fetched once, shared by all processes of a node, bounded in size.
 
     path(remote, name, record) ─► <folder>/<SHA-256>
 
 The folder is all that processes share: `<SHA-256>` is a whole file, `<SHA-256>.<size>.part` a download and the bytes
 that it has reserved, `locks/` a lock for each file and one for making room. The kernel frees the locks of a killed
-process, so a .part whose lock is free is a leftover. The folder must lie on a disk of the node, not on NFS.
+process, so a .part whose lock is free is a leftover. A whole file that someone maps carries a shared lock, and goes
+last. The folder must lie on a disk of the node, not on NFS.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -56,8 +58,9 @@ class ShardCache:
         """A local file with the record's content, fetched if it is not here; of a local folder, the file itself.
 
         SHA-256 is compared as the file arrives, its size at each call. Another process may evict the file before it is
-        opened; `use` begins again then. A file once mapped or open stays readable: Linux keeps an unlinked file until
-        the last map of it has gone (and its bytes on the disk as long, beyond max_bytes).
+        opened; `use` begins again then. Files in use (`map_tokens`) are evicted last: only where they alone fill the
+        cache. One of them stays readable: Linux keeps an unlinked file, and its bytes on the disk, until its last map
+        has gone.
 
         ValueError when the file is larger than the cache; OSError as `RemoteFolder.fetch`, or for a full disk.
         """
@@ -104,9 +107,9 @@ class ShardCache:
         except BaseException as error:
             part.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
-                free = shutil.disk_usage(self.folder).free
                 raise OSError(
-                    error.errno, f"{self.folder}: disk full: {remote}/{name} needs {record.size} bytes, {free} are free"
+                    error.errno,
+                    f"{self.folder}: disk full: {remote}/{name} needs {record.size} bytes, {self._free()} are free",
                 ) from None
             raise
         with self._counting:
@@ -120,19 +123,18 @@ class ShardCache:
         while True:
             with self._lock("room"):
                 used, whole = self._survey()
-                while whole and (
-                    used + size > self.max_bytes or (on_disk and shutil.disk_usage(self.folder).free < size)
-                ):
-                    _, evicted, oldest = whole.pop()
-                    oldest.unlink(missing_ok=True)
-                    used -= evicted
+                for path, num_bytes, in_use in [(*file, in_use) for in_use in (False, True) for file in whole]:
+                    if used + size <= self.max_bytes and not (on_disk and self._free() < size):
+                        break
+                    if _evict(path, in_use):
+                        used -= num_bytes
                 if used + size <= self.max_bytes:
                     part.touch()
                     return
             time.sleep(ROOM_SECONDS)  # downloads of others fill the cache; once one has ended it may be evicted
 
-    def _survey(self) -> tuple[int, list[tuple[int, int, Path]]]:
-        """Bytes in use, and (time of last use in ns, bytes, path) of whole files, the oldest last."""
+    def _survey(self) -> tuple[int, list[tuple[Path, int]]]:
+        """Bytes held and reserved, and (path, bytes) of whole files, the least recently used first."""
         used, whole = 0, []
         for path in self.folder.iterdir():
             name, _, rest = path.name.partition(".")
@@ -143,7 +145,10 @@ class ShardCache:
                 state = path.stat()
                 whole.append((state.st_mtime_ns, state.st_size, path))
                 used += state.st_size
-        return used, sorted(whole, reverse=True)
+        return used, [(path, size) for _, size, path in sorted(whole)]
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder).free
 
     def _leftover(self, sha256: str, part: Path) -> bool:
         """Whether no process is downloading `part` any more; it is removed then."""
@@ -156,6 +161,21 @@ class ShardCache:
 
     def _lock(self, name: str, wait: bool = True) -> FileLock:
         return FileLock(self.folder / "locks" / f"{name}.lock", timeout=-1 if wait else 0)
+
+
+def _evict(path: Path, in_use: bool) -> bool:
+    """Remove a file, unless it is in use and `in_use` does not allow that. Whether it has gone by this call."""
+    try:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a map that waits for it finds the file gone
+            except BlockingIOError:
+                if not in_use:
+                    return False
+            path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _touch(path: Path, size: int) -> bool:

@@ -9,6 +9,8 @@ Megatron-LM read what `IndexedWriter` writes, where one document is one sequence
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import struct
@@ -192,12 +194,23 @@ class IndexedReader:
         return self.tokens[start : start + int(self.sequence_lengths[index])]
 
 
-def map_tokens(path: Path, dtype: np.dtype, num_tokens: int) -> np.ndarray:
-    """Memory-map a .bin that must hold exactly `num_tokens`: a read-only array [num_tokens]."""
-    size, expected = path.stat().st_size, num_tokens * dtype.itemsize
-    if size != expected:
-        raise ValueError(
-            f"{path}: size={size} must be {expected} ({num_tokens} tokens of {dtype}): truncated or changed"
-        )
-    # A plain array over the map: slicing a np.memmap itself costs several times more.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if num_tokens else np.empty(0, dtype)
+def map_tokens(path: Path, dtype: np.dtype, num_tokens: int, in_use: bool = False) -> np.ndarray:
+    """Memory-map a .bin that must hold exactly `num_tokens`: a read-only array [num_tokens].
+
+    `in_use` keeps a shared lock on the file as long as the map lives. FileNotFoundError when it is gone before that.
+    """
+    if not num_tokens:
+        return np.empty(0, dtype)
+    with path.open("rb") as file:
+        if in_use:
+            fcntl.flock(file, fcntl.LOCK_SH)  # of the open file, which the map's own descriptor shares
+        state = os.fstat(file.fileno())
+        if in_use and not state.st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "removed while it was opened", str(path))
+        expected = num_tokens * dtype.itemsize
+        if state.st_size != expected:
+            raise ValueError(
+                f"{path}: size={state.st_size} must be {expected} ({num_tokens} tokens of {dtype}): truncated or changed"
+            )
+        # A plain array over the map: slicing a np.memmap itself costs several times more.
+        return np.asarray(np.memmap(file, dtype=dtype, mode="r"))

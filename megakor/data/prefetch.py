@@ -22,8 +22,8 @@ class Prefetcher:
     """Fetches files that will be asked for soon, in threads of this process.
 
     Files fetched ahead and not yet asked for are at most half the cache, shared evenly by the processes of the node:
-    the other half is for files in use, so what was fetched ahead is not evicted before its turn. A file that is larger
-    than its process's part is fetched when it is asked for.
+    the other half is for files in use (`max_open_bytes` of this process), so what was fetched ahead is not evicted
+    before its turn. A file that is larger than its process's part is fetched when it is asked for.
 
     Args:
         cache: where the files go.
@@ -34,7 +34,7 @@ class Prefetcher:
     def __init__(self, cache: ShardCache, num_threads: int = 4, num_processes: int = 1) -> None:
         self.cache = cache
         self.num_threads = num_threads
-        self._budget = cache.max_bytes // (2 * num_processes)
+        self.max_open_bytes = self._budget = cache.max_bytes // (2 * num_processes)
         self._begin()
 
     def _begin(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -14,12 +13,12 @@ import pyarrow.parquet as pq
 from megakor.data.foreign import foreign_manifest, is_foreign
 from megakor.data.indexed import Index, map_tokens
 from megakor.data.manifest import UNKNOWN, load_manifest
+from megakor.data.maps import Maps
 from megakor.data.prefetch import Prefetcher, Wanted
 from megakor.data.remote import RemoteFolder
 from megakor.data.shards import SUFFIXES
 
 T = TypeVar("T")
-MAX_OPEN_SHARDS = 256  # each holds a file descriptor; processes are commonly allowed 1,024
 
 
 class Source:
@@ -31,13 +30,14 @@ class Source:
     Args:
         folder: path or URL of the folder; or a Megatron data set: the prefix of a .bin/.idx pair, or a folder of them.
         files: fetches the shards of a folder elsewhere.
+        maps: that sources read together share; None: its own.
 
     Raises:
         FileNotFoundError: there are no shards.
         ValueError: the shards are damaged, or elsewhere and there is nothing to fetch them to.
     """
 
-    def __init__(self, folder: str | Path, files: Prefetcher | None = None) -> None:
+    def __init__(self, folder: str | Path, files: Prefetcher | None = None, maps: Maps | None = None) -> None:
         if is_foreign(str(folder)):
             self.folder, self.manifest = foreign_manifest(Path(folder))
         else:
@@ -46,10 +46,10 @@ class Source:
         if not self.folder.is_local and files is None:
             raise ValueError(f"data.cache must name a folder of this machine for the shards of {self.folder}")
         self.num_tokens = self.manifest.num_tokens
-        self._files = files
+        self._files = None if self.folder.is_local else files
+        self._maps = maps or Maps(files.max_open_bytes if files else 0)
         self._dtype = np.dtype(self.manifest.dtype)
         self._starts = np.concatenate([[0], np.cumsum(self.manifest.shards.num_tokens)])
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     @property
     def foreign(self) -> bool:
@@ -97,15 +97,10 @@ class Source:
 
     def tokens(self, shard: int) -> np.ndarray:
         """All tokens of a shard, a read-only map: [num_tokens of it] of the shards' type."""
-        tokens = self._open.get(shard)
+        tokens = self._maps.get((self, shard))
         if tokens is None:
-            num_tokens = self.manifest.shards[shard].num_tokens
-            tokens = self._use(shard, "bin", lambda path: map_tokens(path, self._dtype, num_tokens))
-            self._open[shard] = tokens
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(shard)
+            num_bytes = self.manifest.shards[shard].file("bin")[1].size if self._files else 0
+            tokens = self._maps.add((self, shard), num_bytes, lambda: self._map(shard))
         return tokens
 
     def document_starts(self, shard: int) -> np.ndarray:
@@ -121,12 +116,16 @@ class Source:
 
     def wanted(self, shard: int) -> Wanted | None:
         """A shard's tokens as the prefetcher takes them; None when they are open already."""
-        return None if shard in self._open else (self.folder, *self.manifest.shards[shard].file("bin"))
+        return None if (self, shard) in self._maps else (self.folder, *self.manifest.shards[shard].file("bin"))
+
+    def _map(self, shard: int) -> np.ndarray:
+        entry, in_use = self.manifest.shards[shard], self._files is not None
+        return self._use(shard, "bin", lambda path: map_tokens(path, self._dtype, entry.num_tokens, in_use=in_use))
 
     def _use(self, shard: int, kind: str, function: Callable[[Path], T]) -> T:
         """`function(path)` of one of a shard's files."""
         name, record = self.manifest.shards[shard].file(kind)
-        if self._files is None or self.folder.is_local:
+        if self._files is None:
             return function(self.folder.local_path(name))
         self._files.path(self.folder, name, record)  # waits, if it is on its way
         return self._files.cache.use(self.folder, name, record, function)

@@ -20,6 +20,7 @@ import numpy as np
 from megakor.config.schema import DataConfig, TrainConfig
 from megakor.data.cache import ShardCache
 from megakor.data.changes import fingerprints
+from megakor.data.maps import Maps
 from megakor.data.mixture import Mixture, Share
 from megakor.data.order import ORDER_VERSION, SourceOrder
 from megakor.data.plan import Plan
@@ -258,7 +259,8 @@ def pretrain_stream(
             sources may be read.
     """
     files = prefetcher(data, num_processes)
-    sources = {name: Source(folder, files) for name, folder in data.named_sources.items()}
+    maps = Maps(files.max_open_bytes if files else 0)
+    sources = {name: Source(folder, files, maps) for name, folder in data.named_sources.items()}
     plan = Plan(train.global_batch_size, train.sequence_length, train.batch_sizes, train.sequence_lengths, data.skip)
     shares = [
         Share(name, int(source.samples_of_shards(train.sequence_length).sum()), data.max_epochs.get(name))

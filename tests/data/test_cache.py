@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import hashlib
 import os
@@ -139,14 +140,43 @@ def test_eviction_order(source: Source, tmp_path: Path, fetched: list[str]) -> N
     assert held(cache) == {records[name].sha256 for name in "bde"}
 
 
-def test_a_mapped_file_survives_its_eviction(source: Source, tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path, SIZE)
-    first, second = source.put("a.bin"), source.put("b.bin")
-    tokens = cache.use(source.remote, "a.bin", first, lambda path: map_tokens(path, np.dtype("<u2"), SIZE // 2))
-    cache.path(source.remote, "b.bin", second)
+def mapped(path: Path) -> np.ndarray:
+    return map_tokens(path, np.dtype("<u2"), SIZE // 2, in_use=True)
+
+
+def test_files_in_use_go_last(source: Source, tmp_path: Path) -> None:
+    """As long as their map lives; and it stays readable where nothing else could go."""
+    cache = ShardCache(tmp_path, 3 * SIZE)
+    records = {name: source.put(name) for name in "abcdef"}
+    tokens = {name: cache.use(source.remote, name, records[name], mapped) for name in "ab"}
+    for name in "cd":
+        cache.path(source.remote, name, records[name])
+    assert held(cache) == {records[name].sha256 for name in "abd"}
+    del tokens["a"]
     gc.collect()
-    assert held(cache) == {second.sha256}
-    assert hashlib.sha256(tokens.tobytes()).hexdigest() == first.sha256
+    for name in "ef":
+        cache.path(source.remote, name, records[name])
+    assert held(cache) == {records[name].sha256 for name in "bef"}
+    tokens |= {name: cache.use(source.remote, name, records[name], mapped) for name in "ef"}
+    cache.path(source.remote, "a", records["a"])
+    assert held(cache) == {records[name].sha256 for name in "aef"}
+    assert hashlib.sha256(tokens["b"].tobytes()).hexdigest() == records["b"].sha256
+
+
+def test_a_file_evicted_while_it_is_mapped(source: Source, tmp_path: Path, fetched: list[str]) -> None:
+    """Whoever waits for the lock of a file that is being removed fetches it again."""
+    cache = ShardCache(tmp_path, SIZE)
+    record = source.put("a.bin")
+    path = cache.path(source.remote, "a.bin", record)
+    with path.open("rb") as evictor, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(evictor, fcntl.LOCK_EX)
+        waiting = pool.submit(cache.use, source.remote, "a.bin", record, mapped)
+        time.sleep(0.2)
+        assert not waiting.done()
+        path.unlink()
+        fcntl.flock(evictor, fcntl.LOCK_UN)
+        assert hashlib.sha256(waiting.result(10).tobytes()).hexdigest() == record.sha256
+    assert fetched == ["a.bin", "a.bin"]
 
 
 def test_use_begins_again_after_an_eviction(source: Source, tmp_path: Path, fetched: list[str]) -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakor.data import source as source_module
+from megakor.data import maps
+from megakor.data.maps import Maps
 from megakor.data.source import Source
 from tests.data.conftest import CUTS, NUM_TOKENS
 
@@ -42,11 +43,28 @@ def test_no_shard_fills_a_sample(folder: Path) -> None:
         Source(folder).samples_of_shards(360)
 
 
-def test_few_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of shards must not use up the descriptors."""
-    monkeypatch.setattr(source_module, "MAX_OPEN_SHARDS", 2)
-    source = Source(folder)
+def test_few_open_files(folder: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of shards must not use up the descriptors, nor must many sources."""
+    monkeypatch.setattr(maps, "MAX_OPEN", 2)
+    shared = Maps()
+    source, other = Source(folder, maps=shared), Source(small, maps=shared)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         assert source.read(0, NUM_TOKENS).tolist() == list(range(NUM_TOKENS))
+        assert other.read(0, 50).tolist() == list(range(20_000, 20_050))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_maps_by_bytes() -> None:
+    """The least recently used are closed before another is opened; one alone may be larger."""
+    opened = Maps(max_bytes=10)
+    for key, size in (("a", 4), ("b", 4), ("free", 0)):
+        opened.add(key, size, lambda: np.empty(0))
+    assert opened.get("a") is not None
+    seen = []
+    opened.add("c", 4, lambda: (seen.append("b" in opened), np.empty(0))[1])
+    assert seen == [False]
+    assert [key for key in ("a", "b", "c", "free") if key in opened] == ["a", "c", "free"]
+    opened.add("big", 20, lambda: np.empty(0))
+    assert [key for key in ("a", "c", "big") if key in opened] == ["big"]
+    assert opened.get("a") is None
