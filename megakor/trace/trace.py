@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -108,11 +109,20 @@ def around_spikes(stream: PretrainStream, run: Path, config: TraceConfig, num_st
     records = []
     for worst, rise in worst_steps(losses, config.num_spikes):
         for step in range(max(1, worst - config.around), min(num_steps, worst + config.around) + 1):
-            positions = stream.rows(step - 1).positions
-            skip = [int(positions.min()), int(positions.max()) + 1]
+            skip = stretches(stream.rows(step - 1).positions)
             about = {"spike": worst, "loss": losses.get(step), "rise": rise if step == worst else None, "skip": skip}
             records += [{**about, **asdict(passage)} for passage in passages(stream, step)]
     return records
+
+
+def stretches(positions: np.ndarray) -> list[list[int]]:
+    """Positions as `data.skip` names them: [first, one after the last] of each stretch without a gap.
+
+    Those of a step have a gap where a stretch is skipped already.
+    """
+    positions = np.sort(positions)
+    pieces = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
+    return [[int(piece[0]), int(piece[-1]) + 1] for piece in pieces]
 
 
 def tell(records: Iterable[Record], form: str) -> None:

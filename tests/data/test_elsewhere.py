@@ -17,11 +17,12 @@ from tests.data.tokens import write_shards
 LENGTH = 16
 
 
-def write_source(folder: Path, num_shards: int, num_samples: int) -> Path:
-    """Shards of so many whole samples; every token of the source is another."""
+def write_source(folder: Path, num_shards: int, num_samples: int, first: int = 0) -> Path:
+    """Shards of so many whole samples, whose tokens count up from `first`."""
     folder.mkdir()
     size = num_samples * LENGTH + 1
-    write_shards(folder, [[[shard * size % 59_000 + token for token in range(size)]] for shard in range(num_shards)])
+    starts = [(first + shard * size) % 59_000 for shard in range(num_shards)]
+    write_shards(folder, [[[start + token for token in range(size)]] for start in starts])
     return folder
 
 
@@ -92,35 +93,55 @@ def test_nothing_is_fetched_past_the_end(bucket: Bucket, tmp_path: Path) -> None
     there.close()
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 4, 8])
-def test_each_node_fetches_its_part(tmp_path: Path, num_nodes: int, record_property: pytest.FixtureRequest) -> None:
-    """Over an epoch a node fetches its part of the bytes, and at most a shard more for each of its streams' borders."""
-    num_shards, num_samples, num_streams = 64, 32, 16
-    url = f"memory://{tmp_path.name}"
-    upload(write_source(tmp_path / "here", num_shards, num_samples), url)
-    keys = {"sequence_length": LENGTH, "global_batch_size": 32, "num_streams": num_streams, "shuffle_window": 64,
-            "num_steps": num_shards * num_samples // 32}  # fmt: skip
-    expected = made(tmp_path / "here", **keys)
-    fetched = []
+NUM_STREAMS = 16
+
+
+def fetched(sources: dict[str, Path], tmp_path: Path, num_nodes: int, size: int, num_steps: int) -> list[float]:
+    """The part of all bytes that each node fetches in so many steps of `size` samples; their rows are compared."""
+    urls = {name: f"memory://{tmp_path.name}/{name}" for name in sources}
+    for name, folder in sources.items():
+        upload(folder, urls[name])
+    keys = {"sequence_length": LENGTH, "global_batch_size": size, "num_streams": NUM_STREAMS, "shuffle_window": 64,
+            "num_steps": num_steps}  # fmt: skip
+    expected, parts = made(sources, **keys), []
     for node in range(num_nodes):
-        stream = made(url, **keys, cache=str(tmp_path / f"cache-{node}"))
-        for step in range(num_shards * num_samples // 32):
-            (batch,) = stream.micro_batches(step, node, num_nodes, 32 // num_nodes)
+        stream = made(urls, **keys, cache=str(tmp_path / f"cache-{node}"))
+        for step in range(num_steps):
+            (batch,) = stream.micro_batches(step, node, num_nodes, size // num_nodes)
             if step % 16 == 0:
-                (whole_batch,) = expected.micro_batches(step, 0, 1, 32)
-                part = slice(node * 32 // num_nodes, (node + 1) * 32 // num_nodes)
+                (whole_batch,) = expected.micro_batches(step, 0, 1, size)
+                part = slice(node * size // num_nodes, (node + 1) * size // num_nodes)
                 assert np.array_equal(batch.input_ids, whole_batch.input_ids[part])
+        stream.close()
         assert stream.files is not None
-        fetched.append(stream.files.bytes_fetched)
-        stream.files.close()
-    total = sum(path.stat().st_size for path in (tmp_path / "here").glob("*.bin"))
-    margin = (num_streams // num_nodes + 1) / num_shards
-    parts = [count / total for count in fetched]
+        parts.append(stream.files.bytes_fetched)
+    total = sum(path.stat().st_size for folder in sources.values() for path in folder.glob("*.bin"))
     print(
-        f"{num_nodes} nodes fetched",
-        ", ".join(f"{count:,} B ({part:.3f})" for count, part in zip(fetched, parts, strict=True)),
+        f"{len(sources)} sources, batch {size}: {num_nodes} nodes fetched",
+        ", ".join(f"{count:,} B ({count / total:.3f})" for count in parts),
     )
-    assert all(1 / num_nodes <= part <= 1 / num_nodes + margin for part in parts)
+    return [count / total for count in parts]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_shards", [[64], [60], [40, 24]])
+def test_each_node_fetches_its_part(tmp_path: Path, num_shards: list[int], num_nodes: int) -> None:
+    """Within an epoch a node fetches at most its part of the bytes, and a shard more for each of its streams' borders.
+
+    A source's part of each batch is a whole number of rounds of the streams here.
+    """
+    sources = {f"s{n}": write_source(tmp_path / f"s{n}", count, 32, 7 * n) for n, count in enumerate(num_shards)}
+    size = 2 * NUM_STREAMS if len(sources) == 1 else 8 * NUM_STREAMS
+    parts = fetched(sources, tmp_path, num_nodes, size, sum(num_shards) * 32 // size - 1)
+    margin = len(sources) * (NUM_STREAMS // num_nodes + 1) / sum(num_shards)
+    assert sum(parts) > 0.95  # the last windows are not read to their end
+    assert all(part <= 1 / num_nodes + margin for part in parts)
+
+
+def test_nodes_fetch_more_where_a_batch_is_no_whole_round(tmp_path: Path) -> None:
+    """Half a round a step: its rows are of other streams each time, and a node's run of them is not its own."""
+    parts = fetched({"s": write_source(tmp_path / "s", 64, 32)}, tmp_path, 8, NUM_STREAMS // 2, 256)
+    assert 2 / 8 < max(parts) < 5 / 8
 
 
 def test_nowhere_to_fetch_to(bucket: Bucket, tmp_path: Path) -> None:

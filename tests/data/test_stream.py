@@ -80,8 +80,8 @@ def test_every_way_of_dealing_gives_the_same_batch(
         assert equal(whole(stream, step, dp_size, micro), expected)
 
 
-def test_killed_and_resumed_at_fifty_points_on_other_ranks(folder: Path, small: Path) -> None:
-    """What a run sees after a new start, on other ranks, is byte for byte what it would have seen."""
+def test_entered_at_fifty_points_on_other_ranks(folder: Path, small: Path) -> None:
+    """What a new stream sees is byte for byte what the first would have seen. `test_killed` kills processes."""
     keys: dict[str, Any] = {
         "temperature": 2.0, "batch_sizes": {40: 3, 100: 5}, "sequence_lengths": {30: 3}, "skip": [[50, 70], [200, 201]],
         "curriculum": {2700: {"a": 1, "b": 3}},

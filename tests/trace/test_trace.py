@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,30 @@ def test_a_passage_in_full(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_spikes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = asked(run, capsys, spikes=True, num_spikes=1)
     assert {(record["spike"], record["step"]) for record in records} == {(23, 23)}
-    assert records[0]["skip"] == [88, 92]  # four samples a step
+    assert records[0]["skip"] == [[88, 92]]  # four samples a step
     assert records[0]["loss"] == pytest.approx(10.2)
     around = asked(run, capsys, spikes=True, num_spikes=1, around=2)
     assert sorted({record["step"] for record in around}) == [21, 22, 23, 24, 25]
     assert [record for record in around if record["step"] == 23] == records
+
+
+def test_what_spikes_names_may_be_added_to_what_is_skipped(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a stretch within the step is skipped already; and the step's documents are then read no more."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    again = tmp_path / "again"
+    shutil.copytree(run, again, ignore=shutil.ignore_patterns("shards"))
+
+    def skipping(skip: list[list[int]]) -> None:
+        (again / "config.yaml").write_text(yaml.safe_dump({**config, "data": {**config["data"], "skip": skip}}))
+
+    skipping([[90, 93]])
+    records = asked(again, capsys, spikes=True, num_spikes=1)
+    assert records[0]["skip"] == [[88, 90], [93, 95]]
+    skipping(sorted([[90, 93], *records[0]["skip"]]))
+    seen = [(record["shard"], record["number"], record["start"]) for record in asked(again, capsys, step=23)]
+    assert not {(record["shard"], record["number"], record["start"]) for record in records} & set(seen)
 
 
 def test_worst_steps_stand_out_from_those_before() -> None:
