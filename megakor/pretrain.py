@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def run(config: PretrainConfig) -> None:
             write_run(config, tokenizer)
             on_first_rank(partial(keep_tables, run, stream.sources))
             engine = Engine(config, model, tokenizer.vocab_size, dims, values)
-        with closing(stream):
+        with closing(stream), closing(files) if files else nullcontext():
             train(Training(config, run, engine, stream, heldout, tokenizer.fingerprint, first_step))
 
 

@@ -286,6 +286,7 @@ def check_shard(config: ShardConfig) -> None:
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
+    positive("cache_size", config.cache_size)
     positive("micro_batch_size", config.micro_batch_size)
 
 

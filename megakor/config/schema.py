@@ -1,66 +1,68 @@
 """The configuration's types: one dataclass per section, one root per verb.
 
 YAML holds values; these classes hold types, defaults, units and help texts. Hydra composes the YAML onto them and
-`OmegaConf.to_object` returns instances. Rules that involve more than one field are in `megakor.config.checks`.
+`OmegaConf.to_object` returns instances. All are imported from here. Rules that involve more than one field are in
+`megakor.config.checks`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+from megakor.config.choices import (
+    ActivationCheckpointing,
+    OnError,
+    OptimizerName,
+    Precision,
+    ScheduleName,
+    TokenizerKind,
+    WandbMode,
+)
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
+from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
+from megakor.config.use_schema import (
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ReportConfig,
+    TraceConfig,
+)
 
-
-class Precision(Enum):
-    """Arithmetic of the forward and backward pass. Master weights and moments are fp32 in all of them."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class ActivationCheckpointing(Enum):
-    """What the backward pass computes again instead of keeping it."""
-
-    none = "none"
-    full = "full"
-    selective = "selective"
-
-
-class OptimizerName(Enum):
-    adamw = "adamw"
-    adafactor = "adafactor"
-
-
-class ScheduleName(Enum):
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-    wsd = "wsd"
-
-
-class WandbMode(Enum):
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
-
-
-class OnError(Enum):
-    """What to do with a record that cannot be read: stop with one error, or skip it and count it."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-class TokenizerKind(Enum):
-    bpe = "bpe"
-    unigram = "unigram"
-
-
-# --------------------------------------------------------------------------------------------- model and layout
+__all__ = [
+    "ActivationCheckpointing",
+    "CheckpointConfig",
+    "CorpusConfig",
+    "DataConfig",
+    "DemoConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "InstructConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OnError",
+    "OptimizerConfig",
+    "OptimizerName",
+    "PairsConfig",
+    "ParallelConfig",
+    "Precision",
+    "PretrainConfig",
+    "ReportConfig",
+    "ScheduleConfig",
+    "ScheduleName",
+    "ShardConfig",
+    "SimulateConfig",
+    "TokenizerKind",
+    "TraceConfig",
+    "TrainConfig",
+    "TrainTokenizerConfig",
+    "WandbMode",
+]
 
 
 @dataclass
@@ -228,122 +230,3 @@ class InstructConfig(EngineConfig):
     base: str = key(help="run folder or checkpoint folder to start from")
     pairs: PairsConfig = section(PairsConfig, help="instruction data")
     tokenizer: str = key(help="folder of the tokenizer that the base was trained with")
-
-
-# --------------------------------------------------------------------------------------------- the other verbs
-
-
-@dataclass
-class CorpusConfig:
-    """Gather raw text into one corpus with a held-out split."""
-
-    inputs: list[str] = key([], help=".txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet files or globs; empty: the sample")
-    out: str = key(help="folder for train.jsonl, heldout.jsonl and corpus.json")
-    text_key: str = key("text", help="field of the text in .jsonl and .parquet")
-    id_key: str = key("id", help="field of the document's id, where there is one")
-    heldout_ratio: float = key(0.05, help="share of the documents held out, chosen by a hash of the text")
-    max_bytes: int | None = key(
-        None, help="take documents evenly over all inputs up to so much text; null: all", unit="bytes"
-    )
-    on_error: OnError = key(OnError.stop, help="a record that cannot be read: stop or skip")
-
-
-@dataclass
-class TrainTokenizerConfig:
-    """Train a SentencePiece tokenizer that keeps every character of Korean text."""
-
-    inputs: list[str] = key(help="text files or globs, as for corpus")
-    out: str = key(help="folder for tokenizer.model and tokenizer.meta.json")
-    kind: TokenizerKind = key(TokenizerKind.bpe, help="segmentation model")
-    vocab_size: int | None = key(
-        None, help="pieces, special tokens included; null: sized to the text, at most 30,000", unit="pieces"
-    )
-    character_coverage: float = key(0.9995, help="share of characters with pieces of their own; the rest are bytes")
-    max_bytes: int | None = key(None, help="train on at most so much text, taken evenly; null: all", unit="bytes")
-    num_threads: int = key(2, help="threads of the trainer")
-    text_key: str = key("text", help="field of the text in .jsonl and .parquet")
-    on_error: OnError = key(OnError.stop, help="a record that cannot be read: stop or skip")
-
-
-@dataclass
-class ShardConfig:
-    """Tokenise text into Megatron .bin/.idx shards with a manifest."""
-
-    inputs: list[str] = key(help="text files or globs, as for corpus")
-    tokenizer: str = key(help="folder of the tokenizer")
-    out: str = key(help="folder for the shards and manifest.json")
-    shard_size: int = key(64_000_000, help="a shard is closed at the first document past this", unit="tokens")
-    num_workers: int = key(2, help="processes that tokenise")
-    text_key: str = key("text", help="field of the text in .jsonl and .parquet")
-    id_key: str = key("id", help="field of the document's id, where there is one")
-    on_error: OnError = key(OnError.stop, help="a record that cannot be read: stop or skip")
-
-
-@dataclass
-class ExportConfig:
-    """Write a checkpoint as a Hugging Face folder, and check it against its source."""
-
-    run: str = key(help="run folder or checkpoint folder")
-    out: str = key(help="folder to write")
-    precision: Precision = key(Precision.fp32, help="type of the exported weights")
-    trim_vocabulary: bool = key(True, help="drop the embedding rows past the true vocabulary")
-
-
-@dataclass
-class EvaluateConfig:
-    """Bits per byte of a checkpoint on held-out shards, beside a unigram and an order-0 model."""
-
-    run: str = key(help="run folder or checkpoint folder")
-    heldout: str = key(help="folder of held-out shards")
-    train: str | None = key(None, help="folder of training shards, for the unigram model; null: no unigram figure")
-    micro_batch_size: int = key(8, help="sequences in one forward pass", unit="sequences")
-
-
-@dataclass
-class GenerateConfig:
-    """Continue a prompt, or answer a question with an instruction-tuned checkpoint."""
-
-    run: str = key(help="run folder or checkpoint folder")
-    prompt: str | None = key(None, help="text to continue")
-    question: str | None = key(None, help="question put through the chat template instead")
-    context: str = key("", help="input that goes with the question")
-    max_new_tokens: int = key(64, help="longest continuation", unit="tokens")
-    temperature: float = key(0.8, help="0: greedy")
-    top_p: float = key(0.95, help="nucleus: smallest set of tokens with this probability")
-    seed: int = key(1234, help="seed of the sampling")
-    num_samples: int = key(1, help="continuations to draw")
-
-
-@dataclass
-class TraceConfig:
-    """Which documents made a step's batch, which steps saw a document, what was read around the worst steps."""
-
-    run: str = key(help="folder of a pretraining run")
-    step: int | None = key(None, help="list what made this step's batch", unit="step")
-    document: str | None = key(None, help="list the steps that saw the document with this id")
-    spikes: bool = key(False, help="list what was read at the steps whose loss stands out most")
-    num_spikes: int = key(3, help="with spikes: how many of them", unit="steps")
-    around: int = key(0, help="with spikes: steps before and after each, too", unit="steps")
-    format: str = key("table", help="what to print: table, or json: one object a line")
-
-
-@dataclass
-class ReportConfig:
-    """One self-contained HTML page about a run."""
-
-    run: str = key(help="run folder")
-    out: str | None = key(None, help="page to write; null: report.html in the run folder")
-
-
-@dataclass
-class DemoConfig:
-    """The whole arc on two processes: text in; a trained, resumed, exported, instruction-tuned model out."""
-
-    run: str = key("runs/demo", help="folder of the demo; one that is there is replaced")
-    corpus: list[str] = key([], help="files or globs as for corpus; empty: the sample")
-    max_bytes: int | None = key(4_000_000, help="cap on the text used; null: all", unit="bytes")
-    vocab_size: int | None = key(None, help="pieces of the tokenizer; null: sized to the text", unit="pieces")
-    pipeline_parallel_size: int = key(1, help="1: two data-parallel ranks; 2: two pipeline stages", unit="ranks")
-    num_steps: int | None = key(None, help="pretraining steps; null: as experiment=demo", unit="steps")
-    instruct_steps: int | None = key(None, help="instruction steps; null: as experiment=instruct_demo", unit="steps")
-    training: list[str] = key([], help="further overrides of both training runs, such as train.sequence_length=128")

@@ -210,7 +210,8 @@ def map_tokens(path: Path, dtype: np.dtype, num_tokens: int, in_use: bool = Fals
         expected = num_tokens * dtype.itemsize
         if state.st_size != expected:
             raise ValueError(
-                f"{path}: size={state.st_size} must be {expected} ({num_tokens} tokens of {dtype}): truncated or changed"
+                f"{path}: size={state.st_size} must be {expected} ({num_tokens} tokens of {dtype}): "
+                "truncated or changed"
             )
         # A plain array over the map: slicing a np.memmap itself costs several times more.
         return np.asarray(np.memmap(file, dtype=dtype, mode="r"))

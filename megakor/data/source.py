@@ -44,7 +44,9 @@ class Source:
             self.folder = RemoteFolder(str(folder))
             self.manifest = load_manifest(self.folder)
         if not self.folder.is_local and files is None:
-            raise ValueError(f"data.cache must name a folder of this machine for the shards of {self.folder}")
+            raise ValueError(
+                f"data.cache (evaluate: cache) must name a folder of this machine for the shards of {self.folder}"
+            )
         self.num_tokens = self.manifest.num_tokens
         self._files = None if self.folder.is_local else files
         self._maps = maps or Maps(files.max_open_bytes if files else 0)

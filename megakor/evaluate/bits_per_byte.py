@@ -15,9 +15,12 @@ import torch
 
 from megakor.checkpoint.reader import load_model, resolve, run_of
 from megakor.config.schema import EvaluateConfig
+from megakor.data.cache import ShardCache
 from megakor.data.heldout import HeldoutSet
+from megakor.data.prefetch import Prefetcher
 from megakor.data.source import Source
 from megakor.logs import progress
+from megakor.model.documents import Borders
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.loss import token_losses
 from megakor.tokenizer.tokenizer import Tokenizer
@@ -31,6 +34,8 @@ def model_bits(model: GPTNeoXForCausalLM, heldout: HeldoutSet, num_tokens: int, 
     nats = 0.0
     for start in progress(range(0, heldout.num_windows, micro_batch_size), unit="batch", description=heldout.name):
         batch = heldout.windows(start, micro_batch_size)
+        if batch.documents is not None:
+            model.parts.documents.start([Borders.of(torch.from_numpy(batch.documents))])
         losses = token_losses(model(torch.from_numpy(batch.input_ids)), torch.from_numpy(batch.labels), num_tokens)
         nats += float((losses * torch.from_numpy(batch.loss_mask)).sum(dtype=torch.float64))
     return nats / math.log(2)
@@ -64,6 +69,8 @@ def order0_bits(heldout: Source, tokenizer: Tokenizer) -> float:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Bits per byte of a checkpoint, of a unigram model (where training shards are given) and of an order-0 model.
 
+    Documents are kept apart where the checkpoint was trained so.
+
     Raises:
         ValueError: the shards were made with another tokenizer than the checkpoint's.
     """
@@ -71,7 +78,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model, manifest = load_model(checkpoint)
     tokenizer = Tokenizer.load(run_of(checkpoint) / "tokenizer")
     sequence_length = manifest.train["train"]["sequence_length"]
-    heldout = HeldoutSet("heldout", config.heldout, sequence_length)
+    separate = manifest.train.get("data", {}).get("separate_documents", False)
+    files = None if config.cache is None else Prefetcher(ShardCache(config.cache, config.cache_size, "cache_size"))
+    heldout = HeldoutSet("heldout", config.heldout, sequence_length, files, separate)
     heldout.tokens.manifest.check_tokenizer(manifest.tokenizer_fingerprint, f"run={config.run}")
     size = heldout.num_text_bytes
     bits = model_bits(model, heldout, manifest.num_tokens, config.micro_batch_size)
@@ -84,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "order0_bits_per_byte": order0_bits(heldout.tokens, tokenizer) / size,
     }
     if config.train is not None:
-        train = Source(config.train)
+        train = Source(config.train, files)
         train.manifest.check_tokenizer(manifest.tokenizer_fingerprint, f"run={config.run}")
         figures["unigram_bits_per_byte"] = unigram_bits(train, heldout.tokens, manifest.num_tokens) / size
     return figures

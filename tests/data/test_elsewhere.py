@@ -146,7 +146,9 @@ def test_nodes_fetch_more_where_a_batch_is_no_whole_round(tmp_path: Path) -> Non
 
 def test_nowhere_to_fetch_to(bucket: Bucket, tmp_path: Path) -> None:
     upload(write_source(tmp_path / "here", 1, 3), bucket.url)
-    with pytest.raises(ValueError, match=r"data\.cache must name a folder of this machine for the shards of s3://"):
+    with pytest.raises(
+        ValueError, match=r"data\.cache \(evaluate: cache\) must name a folder of this machine for the shards of s3://"
+    ):
         Source(bucket.url)
 
 

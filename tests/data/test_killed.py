@@ -20,7 +20,7 @@ NUM_STEPS = 10_000
 
 
 def test_killed_fifty_times_and_resumed_on_other_ranks(bucket: Bucket, tmp_path: Path) -> None:
-    """Processes that share a cache too small for the set die by SIGKILL, also in downloads: what is seen stays the same.
+    """Processes that share too small a cache die by SIGKILL, also in downloads: what is seen stays the same.
 
     Each time another number of ranks goes on, with other micro-batches, from a step that all had finished.
     """

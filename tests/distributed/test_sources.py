@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 
 from megakor.checkpoint.format import CheckpointManifest
-from megakor.config.schema import TraceConfig
+from megakor.config.schema import EvaluateConfig, TraceConfig
 from megakor.data.indexed import IndexedReader, IndexedWriter
 from megakor.data.source import Source
+from megakor.evaluate.bits_per_byte import evaluate
 from megakor.trace.trace import trace
 from megakor.train.metrics import read_metrics
 from tests.data.conftest import KEYS
 from tests.data.faulty import s3_server
-from tests.distributed.runs import Job, Made, configuration, curve, run_jobs
+from tests.distributed.runs import Job, Made, configuration, curve, run_jobs, validation
 from tests.ranks import run_ranks
 
 MIXED = {"data__train": None, "data__weights": {"글": 3.0, "다른 글": 1.0}, "train__batch_sizes": {20: 4},
          "train__sequence_lengths": {30: 16}, "data__separate_documents": True, "train__num_steps": 6,
-         "checkpoint__interval": 3, "evaluation__interval": 0}  # fmt: skip
+         "checkpoint__interval": 3, "evaluation__interval": 6}  # fmt: skip
 
 
 def run_over(address: str, jobs: list[Job]) -> list[Any]:
@@ -57,7 +58,8 @@ def test_one_curve_from_here_and_from_s3_and_its_ledger(
             patch.setenv(key, value)
         files = fsspec.filesystem("s3", skip_instance_cache=True)
         files.mkdir("shards")
-        files.pipe({f"shards/train/{path.name}": path.read_bytes() for path in Path(made.train).iterdir()})
+        for name, folder in (("train", made.train), ("held", made.heldout)):
+            files.pipe({f"shards/{name}/{path.name}": path.read_bytes() for path in Path(folder).iterdir()})
         faults.failing = 0.05
         here = {**MIXED, "data__sources": {"글": made.train, "다른 글": str(other_makers)}}
         there = {**MIXED, "data__sources": {"글": "s3://shards/train", "다른 글": str(other_makers)},
@@ -66,7 +68,14 @@ def test_one_curve_from_here_and_from_s3_and_its_ledger(
         jobs = [Job(configuration(made, tmp_path / "there", **there), stop=3)]
         (first,), _ = run_ranks(run_over, 2, address, jobs)
         ((second,),) = run_ranks(run_over, 1, address, [Job(configuration(made, tmp_path / "there", **there))])
+        evaluation = EvaluateConfig(
+            run=str(tmp_path / "here"), heldout="s3://shards/held", train="s3://shards/train", micro_batch_size=2,
+            cache=str(tmp_path / "another cache"),
+        )  # fmt: skip
+        figures = evaluate(evaluation)
     assert [local[0], first[0], second[0]] == [None, None, None]
+    assert validation(tmp_path / "there")[-1][1:] == pytest.approx(validation(tmp_path / "here")[-1][1:], rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(validation(tmp_path / "here")[-1][2], rel=1e-5)
     expected, found = curve(tmp_path / "here"), curve(tmp_path / "there")
     assert [row[0] for row in found] == list(range(1, 7))
     for row, other in zip(found, expected, strict=True):

@@ -1,0 +1,51 @@
+"""What keys with a few values may be."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass. Master weights and moments are fp32 in all of them."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class ActivationCheckpointing(Enum):
+    """What the backward pass computes again instead of keeping it."""
+
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+    adafactor = "adafactor"
+
+
+class ScheduleName(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    wsd = "wsd"
+
+
+class WandbMode(Enum):
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+class OnError(Enum):
+    """What to do with a record that cannot be read: stop with one error, or skip it and count it."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class TokenizerKind(Enum):
+    bpe = "bpe"
+    unigram = "unigram"
