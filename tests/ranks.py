@@ -23,6 +23,7 @@ PRELOADED = [
     "torch", "deepspeed", "megakor.pretrain",
     # What DeepSpeed's engine would import in every rank, when it is first made.
     "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",
+    "s3fs", "pyarrow.parquet",
 ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from tests.data.conftest import KEYS, Bucket
 from tests.data.killed import rows, run_rank
 from tests.data.test_elsewhere import LENGTH, upload, write_source
 from tests.data.test_stream import made
+from tests.ranks import context
 
 NUM_KILLS = 50
 NUM_STEPS = 10_000
@@ -37,8 +37,7 @@ def test_killed_fifty_times_and_resumed_on_other_ranks(bucket: Bucket, tmp_path:
     }  # fmt: skip
     there = {**keys, "cache": str(tmp_path / "cache"), "cache_size": 9 * size}
     environment = {key: os.environ[key] for key in (*KEYS, "AWS_ENDPOINT_URL")}
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.data.killed", "s3fs", "pyarrow.parquet"])
+    processes = context()
     whole, generator = made(local, **keys), np.random.default_rng(7)
     start, dp_size, compared, in_downloads, resumed_on = 0, 1, 0, 0, set()
     for kill in range(NUM_KILLS):
