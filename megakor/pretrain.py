@@ -18,7 +18,7 @@ from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import local_world_size
 from megakor.train.engine import Engine
-from megakor.train.loop import Training, train
+from megakor.train.loop import train
 from megakor.train.run import (
     check_continues,
     check_same_everywhere,
@@ -27,6 +27,7 @@ from megakor.train.run import (
     resume_point,
     write_run,
 )
+from megakor.train.training import Training
 from megakor.train.values import SeededValues, Values
 
 

@@ -1,30 +1,32 @@
 """The format of a checkpoint folder.
 
     RUN/checkpoints/step-00000100/manifest.json           what there is, written last
+                                  pieces.parquet          where every piece is
                                   rank-00000.safetensors  the pieces that rank 0 owned, 1-D fp32
     RUN/checkpoints/latest                                "step-00000100"
 
 Each safetensors key is `state/name@offset`: a contiguous run of elements, from `offset` on, of a flattened state
 tensor of the parameter `name`, or of a tensor rank's shard of it: `state/name#index@offset`. The manifest lists for
-every (state, name) its whole shape, how it was cut into shards and where the pieces are, so that a reader in any layout
-slices what it needs. A folder is written aside under another name and renamed when whole.
+every (state, name) its whole shape and how it was cut into shards, the table where the pieces are, so that a reader in
+any layout reads the bytes that it needs. A folder is written aside under another name and renamed when whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megakor.checkpoint.pieces import PieceIndex
 from megakor.files import sha256_of
 from megakor.model.parameters import Shard
 
-VERSION = 2  # 2: pieces of shards
+VERSION = 3  # 2: pieces of shards; 3: a table of pieces
 WEIGHT = "weight"  # the state that every parameter has: its fp32 value
 MANIFEST = "manifest.json"
+PIECES = "pieces.parquet"
 LATEST = "latest"
 FOLDER = "checkpoints"
 PREFIX = "step-"
@@ -33,7 +35,7 @@ ASIDE = ".writing"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One safetensors file: its size in bytes and its SHA-256."""
+    """One file: its size in bytes and its SHA-256."""
 
     size: int
     sha256: str
@@ -47,13 +49,11 @@ class TensorEntry:
         shape: of the whole.
         shard_dim: the dimension that it was cut along.
         num_shards: how many equal shards.
-        pieces: as (file, shard, offset within the flattened shard, number of elements).
     """
 
     shape: list[int]
     shard_dim: int
     num_shards: int
-    pieces: list[tuple[str, int, int, int]]
 
     def shard(self, index: int) -> Shard:
         """One of the shards."""
@@ -72,6 +72,8 @@ class CheckpointManifest:
         optimizer: its name, its number of updates, the settings of its parameter groups, the loss scale.
         data: the stream's identity; with `step` it fixes every batch to come.
         train: the resolved configuration of the run.
+        kept: whether it stays until `checkpoint.keep_last` newer ones are there; if not, until the next one is.
+        validation: loss of each held-out set at this step, where it was evaluated.
         files: by name.
         tensors: by `state/name`.
     """
@@ -83,6 +85,8 @@ class CheckpointManifest:
     optimizer: dict[str, Any]
     data: dict[str, Any]
     train: dict[str, Any]
+    kept: bool = True
+    validation: dict[str, float] = field(default_factory=dict)
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     version: int = VERSION
@@ -119,35 +123,44 @@ class CheckpointManifest:
         for name in manifest.files:
             if Path(name).name != name:
                 raise ValueError(f"{path}: file name {name!r} must not leave the folder")
-        for name, tensor in manifest.tensors.items():
-            for file, *_ in tensor.pieces:
-                if file not in manifest.files:
-                    raise ValueError(f"{path}: {name} has a piece in {file!r}, which must be one of the listed files")
         return manifest
 
-    def check_sizes(self, folder: Path) -> None:
-        """Raise `ValueError` on a missing or truncated file, or on a tensor whose pieces do not cover it."""
+    def check_sizes(self, folder: Path) -> PieceIndex:
+        """Where the pieces are.
+
+        ValueError on a missing, truncated or foreign file, or on a tensor whose pieces do not cover it.
+        """
         for name, entry in self.files.items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != entry.size:
                 found = "missing" if size is None else f"{size} bytes"
                 raise ValueError(f"{path}: {found}; must be {entry.size} bytes")
-        for name, tensor in self.tensors.items():
-            shard_size = math.prod(tensor.shape) // tensor.num_shards
-            position = 0
-            for _, shard, start, size in sorted(tensor.pieces, key=lambda piece: piece[1:3]):
-                if shard * shard_size + start != position or start + size > shard_size:
-                    break
-                position += size
-            if position != math.prod(tensor.shape):
-                raise ValueError(f"{folder / MANIFEST}: pieces of {name} must cover its shape {tensor.shape} once")
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # NFS keeps hidden ones
+        if foreign := sorted(names - self.files.keys() - {MANIFEST}):
+            raise ValueError(f"{folder / foreign[0]}: must not be there; the manifest does not name it")
+        content = (folder / PIECES).read_bytes() if PIECES in self.files else b""
+        try:
+            if hashlib.sha256(content).hexdigest() != self.files[PIECES].sha256:
+                raise ValueError("SHA-256 differs from the manifest's; the file is damaged")
+            index = PieceIndex.from_bytes(content)
+            shapes = {name: (entry.shape, entry.num_shards) for name, entry in self.tensors.items()}
+            index.check(shapes, {name: entry.size for name, entry in self.files.items() if name != PIECES})
+        except KeyError:
+            raise ValueError(f"{folder / MANIFEST}: damaged; {PIECES} must be one of its files") from None
+        except ValueError as error:
+            raise ValueError(f"{folder / PIECES}: {error}") from None
+        return index
 
-    def check_contents(self, folder: Path) -> None:
-        """Raise `ValueError` on a file whose SHA-256 differs."""
+    def check_contents(self, folder: Path, part: int = 0, num_parts: int = 1) -> None:
+        """Raise `ValueError` on a file whose SHA-256 differs.
+
+        Args:
+            part: which part of the files to look at, of `num_parts`; ranks share them out.
+        """
         self.check_sizes(folder)
-        for name, entry in self.files.items():
-            if sha256_of(folder / name) != entry.sha256:
+        for name in sorted(self.files)[part::num_parts]:
+            if sha256_of(folder / name) != self.files[name].sha256:
                 raise ValueError(f"{folder / name}: SHA-256 differs from the manifest's; the file is damaged")
 
 
@@ -164,16 +177,13 @@ def typed(value: Any, kind: type) -> Any:
 
 def tensor_entry(entry: dict[str, Any]) -> TensorEntry:
     """A tensor's entry from its JSON."""
-    if any(len(typed(piece, list)) != 4 for piece in typed(entry["pieces"], list)):
-        raise WrongShape("a piece must be file, shard, offset and number of elements")
-    pieces = [(typed(file, str), *(typed(number, int) for number in numbers)) for file, *numbers in entry["pieces"]]
     shape = [typed(size, int) for size in typed(entry["shape"], list)]
     shard_dim, num_shards = typed(entry["shard_dim"], int), typed(entry["num_shards"], int)
-    if any(number < 0 for numbers in (shape, *(piece[1:] for piece in pieces)) for number in numbers):
-        raise WrongShape("sizes, shards and offsets must not be negative")
+    if any(size < 0 for size in shape):
+        raise WrongShape("sizes must not be negative")
     if not 0 <= shard_dim < len(shape) or num_shards < 1 or shape[shard_dim] % num_shards:
         raise WrongShape(f"{shape} must be cut along one of its dimensions into equal shards")
-    return TensorEntry(shape, shard_dim, num_shards, pieces)
+    return TensorEntry(shape, shard_dim, num_shards)
 
 
 def piece_key(key: str, num_shards: int, shard: int, offset: int) -> str:

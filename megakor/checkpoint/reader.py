@@ -3,57 +3,53 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megakor.checkpoint.format import (
-    MANIFEST,
-    WEIGHT,
-    CheckpointManifest,
-    TensorEntry,
-    committed,
-    piece_key,
-    step_of,
-)
+from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, TensorEntry, committed, step_of
+from megakor.checkpoint.tensors import OpenFiles, allow_open_files
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.parameters import WHOLE, Shard, parameter_specs
+from megakor.model.parameters import EMBEDDING, HEAD, WHOLE, Shard, parameter_specs
 
 log = get_logger(__name__)
 
+CHUNK = 1 << 24
+"""Elements that are read at a time: 64 MiB of host memory, and as much again where shards are cut otherwise."""
+
+VOCABULARY = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+"""Parameters with a row for each token."""
+
 
 class CheckpointValues:
-    """A checkpoint as a source of values: reads the elements that are asked for and no others.
+    """A checkpoint as a source of values: reads the bytes that are asked for and no others.
 
-    A context manager, which closes the files. It serves the engine as `megakor.train.engine.Values`.
+    A context manager, which closes the files. It serves the engine as `megakor.train.values.Values`; any number of
+    threads may read at once.
 
     Args:
         folder: checkpoint folder.
         with_optimizer: whether the optimizer state counts; if not, moments start at zero, as for fine-tuning.
+        vocab_size: rows of the embeddings as the reader pads them; None: as they were saved. Rows past the true
+            vocabulary are masked everywhere, so those that were not saved are zero.
     """
 
-    def __init__(self, folder: Path, with_optimizer: bool = True) -> None:
+    def __init__(self, folder: Path, with_optimizer: bool = True, vocab_size: int | None = None) -> None:
         self.folder = folder
         self.manifest = CheckpointManifest.load(folder)
-        self.manifest.check_sizes(folder)
+        self.index = self.manifest.check_sizes(folder)
         self.with_optimizer = with_optimizer
-        self.handles: dict[str, Any] = {}
-        self.stack = ExitStack()
+        self.vocab_size: int = vocab_size or self.manifest.model.get("vocab_size", 0)
+        self._files = OpenFiles(folder)
+        allow_open_files(len(self.manifest.files))
 
     def __enter__(self) -> CheckpointValues:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.handles.clear()
-        self.stack.close()
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
 
     @property
     def optimizer_steps(self) -> int:
@@ -63,13 +59,19 @@ class CheckpointValues:
     def loss_scale(self) -> dict[str, float] | None:
         return self.manifest.optimizer["loss_scale"] if self.with_optimizer else None
 
+    @torch.no_grad()
+    def fill(self, out: torch.Tensor, state: str, name: str, start: int, shard: Shard = WHOLE) -> None:
+        """Fill `out`, 1-D of any type on any device, with elements from `start` on; `CHUNK` of them at a time."""
+        if state != WEIGHT and not self.with_optimizer:
+            out.zero_()
+            return
+        for first in range(0, out.numel(), CHUNK):
+            part = out[first : first + CHUNK]
+            part.copy_(self.read(state, name, start + first, start + first + part.numel(), shard))
+
     def weight(self, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
         """Elements [start, stop) of a flattened fp32 parameter or of a shard of it."""
         return self.read(WEIGHT, name, start, stop, shard)
-
-    def state(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
-        """Elements [start, stop) of a flattened optimizer state or of a shard of it."""
-        return self.read(state, name, start, stop, shard) if self.with_optimizer else torch.zeros(stop - start)
 
     def read(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
         """Elements [start, stop) of a flattened state tensor or of a shard of it, fp32, however it was cut when saved.
@@ -79,13 +81,33 @@ class CheckpointValues:
         """
         key = f"{state}/{name}"
         entry = self.manifest.tensors.get(key)
-        if entry is None or stop > math.prod(shard.shape(entry.shape)):
+        shape = None if entry is None else self._shape(name, entry)
+        if entry is None or shape is None or stop > math.prod(shard.shape(shape)):
             raise ValueError(f"{self.folder}: {key} must be there with at least {stop} elements")
+        if shape != entry.shape:  # sharded along its rows, so a shard is a run of the whole
+            before = shard.index * math.prod(shape) // shard.count
+            return self._padded(key, entry, before + start, before + stop)
+        return self._read(key, entry, start, stop, shard)
+
+    def _shape(self, name: str, entry: TensorEntry) -> list[int]:
+        """A tensor's shape as the reader wants it."""
+        rows = name in VOCABULARY and entry.shape[0] == self.manifest.model.get("vocab_size")
+        return [self.vocab_size, *entry.shape[1:]] if rows else entry.shape
+
+    def _padded(self, key: str, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        """Elements of a whole tensor, and zeros where it has ended."""
+        values = torch.zeros(stop - start, dtype=torch.float32)
+        end = min(stop, math.prod(entry.shape))
+        if start < end:
+            values[: end - start] = self._read(key, entry, start, end, WHOLE)
+        return values
+
+    def _read(self, key: str, entry: TensorEntry, start: int, stop: int, shard: Shard) -> torch.Tensor:
         saved = entry.shard(0)
         if saved.count == shard.count and (shard.count == 1 or saved.dim == shard.dim):
-            return self.run(key, entry, shard.index, start, stop)
+            return self._run(key, shard.index, start, stop)
         if saved.count > 1 and shard.count > 1 and saved.dim != shard.dim:
-            whole = self.read(state, name, 0, math.prod(entry.shape))
+            whole = self._read(key, entry, 0, math.prod(entry.shape), WHOLE)
             return shard.of(whole.view(entry.shape)).flatten()[start:stop]
         # Rows of the tensor as they lie in memory: sharding along the first dimension cuts the one row of all elements.
         dim = saved.dim if saved.count > 1 else shard.dim
@@ -103,31 +125,23 @@ class CheckpointValues:
             if leading == 1:  # one row: just the wanted columns of it
                 a, b = max(first, left + start), min(last, left + stop)
                 if a < b:
-                    values = self.run(key, entry, index, a - index * saved_width, b - index * saved_width)
+                    values = self._run(key, index, a - index * saved_width, b - index * saved_width)
                     rows[0, a - left : b - left] = values
                 continue
-            values = self.run(key, entry, index, first_row * saved_width, last_row * saved_width)
+            values = self._run(key, index, first_row * saved_width, last_row * saved_width)
             taken = values.view(-1, saved_width)[:, first - index * saved_width : last - index * saved_width]
             rows[:, first - left : last - left] = taken
         return rows.flatten()[start - first_row * width : stop - first_row * width]
 
-    def run(self, key: str, entry: TensorEntry, shard: int, start: int, stop: int) -> torch.Tensor:
+    def _run(self, key: str, shard: int, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of a flattened shard as it was saved."""
-        result = torch.empty(stop - start, dtype=torch.float32)
-        for file, index, offset, numel in entry.pieces:
-            first, last = max(start, offset), min(stop, offset + numel)
-            if index == shard and first < last:
-                piece = self.open(file).get_slice(piece_key(key, entry.num_shards, shard, offset))
-                result[first - start : last - start] = piece[first - offset : last - offset]
+        result, index = torch.empty(stop - start, dtype=torch.float32), self.index
+        for row in index.overlapping(key, shard, start, stop):
+            offset, begin = int(index.offset[row]), int(index.begin[row])
+            first, last = max(start, offset), min(stop, offset + int(index.numel[row]))
+            name = index.files[index.file[row]]
+            self._files.read(name, begin + 4 * (first - offset), result[first - start : last - start])
         return result
-
-    def open(self, file: str) -> Any:
-        if file not in self.handles:
-            try:
-                self.handles[file] = self.stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{self.folder / file}: damaged ({error}); it must be a safetensors file") from None
-        return self.handles[file]
 
 
 def newest_whole(run: Path, contents: bool) -> Path | None:
@@ -189,5 +203,5 @@ def load_model(
     with CheckpointValues(checkpoint) as values, torch.no_grad():
         model = GPTNeoXForCausalLM(model_config(values.manifest))
         for name, parameter in model.named_parameters():
-            parameter.copy_(values.weight(name, 0, parameter.numel()).view(parameter.shape))
+            values.fill(parameter.view(-1), WEIGHT, name, 0)
     return model.to(device=device, dtype=dtype).eval(), values.manifest

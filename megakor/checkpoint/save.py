@@ -1,48 +1,74 @@
-"""Saving: each rank writes the pieces it owns, rank 0 the manifest, and a rename commits.
+"""Saving: each rank writes the pieces it owns, rank 0 the table of them and the manifest, and a rename commits.
 
-An error on any rank, such as a full disk, is raised on all of them, and the last good checkpoint stays as it is.
+    start: copies to host memory ─► a thread writes this rank's file ─► settle, once all ranks' are written: commit
+
+Training goes on between `start` and `settle`. An error on any rank, such as a full disk, is raised on all of them, and
+the last good checkpoint stays as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megakor.checkpoint.format import (
     ASIDE,
     LATEST,
     MANIFEST,
+    PIECES,
     CheckpointManifest,
     FileEntry,
     TensorEntry,
-    committed,
     piece_key,
     step_folder,
-    step_of,
 )
-from megakor.files import atomic_write, sha256_of, share, sync
+from megakor.checkpoint.keep import Keep, prune
+from megakor.checkpoint.pieces import Held, PieceIndex
+from megakor.checkpoint.tensors import write_tensors
+from megakor.files import atomic_write, share, sync
 from megakor.parallel.together import on_first_rank, raise_together
 from megakor.train.optimizer import Piece
 
 
-def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> tuple[str, FileEntry | None, list]:
-    """Write this rank's file; returns its name, entry and what it holds. A rank that owns nothing writes none."""
-    name = f"rank-{rank:05d}.safetensors"
-    own = [piece for piece in pieces if piece.writes]
+class Written(NamedTuple):
+    """A rank's file: its name, its entry, what it holds."""
+
+    name: str
+    entry: FileEntry
+    held: list[Held]
+
+
+class Saving(IntEnum):
+    """How far a rank is with the checkpoint that was started last."""
+
+    idle = 0
+    writing = 1
+    written = 2
+    failed = 3
+
+
+def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> Written | None:
+    """Write this rank's file; a rank that owns nothing writes none."""
+    own = [piece for piece in pieces if piece.writes and piece.values.numel()]
     if not own:
-        return name, None, []
-    # Clones: safetensors refuses tensors that share storage, as slices of one flat tensor do.
-    save_file({key_of(piece): piece.values.detach().cpu().clone() for piece in own}, folder / name)
-    share(folder / name)
-    sync(folder / name)
-    entry = FileEntry(size=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
-    held = [(f"{p.state}/{p.name}", list(p.shape), p.shard, p.offset, p.values.numel()) for p in own]
-    return name, entry, held
+        return None
+    path = folder / f"rank-{rank:05d}.safetensors"
+    entry, begins = write_tensors(path, [(key_of(piece), piece.values) for piece in own])
+    share(path)
+    held = [
+        Held(f"{p.state}/{p.name}", p.shape, p.shard.dim, p.shard.count, p.shard.index, p.offset, p.values.numel(), at)
+        for p, at in zip(own, begins, strict=True)
+    ]
+    return Written(path.name, entry, held)
 
 
 def key_of(piece: Piece) -> str:
@@ -50,45 +76,151 @@ def key_of(piece: Piece) -> str:
     return piece_key(f"{piece.state}/{piece.name}", piece.shard.count, piece.shard.index, piece.offset)
 
 
-def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Piece], keep_last: int) -> Path:
-    """Write a checkpoint of `manifest.step` and make it the run's latest; every rank calls.
+@dataclass
+class Started:
+    """A checkpoint that is being written."""
+
+    manifest: CheckpointManifest
+    aside: Path
+    folder: Path
+    writing: Future[Written | None]
+
+
+class Saver:
+    """Saves a run's checkpoints; every rank has one, and calls its methods at the same steps.
+
+    Host memory: a copy of what this rank saves, made at the first save and kept for the next ones; none without
+    `asynchronous` (12 bytes a parameter under Adam, over the ranks that share them).
 
     Args:
         run: run folder, shared by all ranks.
-        manifest: without files and tensors, which are filled in here.
-        pieces: what this rank holds.
-        keep_last: whole checkpoints to keep; 0: all.
-
-    Raises:
-        OSError: on all ranks, when any could not write; earlier checkpoints are untouched.
+        pieces: what this rank holds, live.
+        keep: which checkpoints stay.
+        asynchronous: whether training goes on while files are written.
     """
-    rank = dist.get_rank()
-    folder = step_folder(run, manifest.step)
-    aside = folder.with_name(folder.name + ASIDE)
-    telling = (f"saving {folder}", "the last whole checkpoint is untouched")
-    error: Exception | None = None
-    result: tuple[str, FileEntry | None, list] = ("", None, [])
-    try:
-        on_first_rank(lambda: make_empty(aside))
+
+    def __init__(self, run: Path, pieces: Sequence[Piece], keep: Keep, asynchronous: bool = True) -> None:
+        self.run, self.pieces, self.keep, self.asynchronous = run, pieces, keep, asynchronous
+        self._copies: list[Piece] = []
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._started: Started | None = None
+        self._pruning: Future[list[Path]] | None = None  # rank 0's
+
+    @property
+    def state(self) -> Saving:
+        """Of this rank. Ranks tell each other at every step boundary, and call `settle` when none is writing."""
+        if self._started is None:
+            return Saving.idle
+        if not self._started.writing.done():
+            return Saving.writing
+        return Saving.failed if self._started.writing.exception() else Saving.written
+
+    def start(self, manifest: CheckpointManifest) -> Path | None:
+        """Begin to save; returns when the live values may change: its folder, if it is whole by then.
+
+        An earlier save must have been settled.
+
+        Args:
+            manifest: without files and tensors, which are filled in.
+
+        Raises:
+            OSError: on all ranks, when any could not write.
+        """
+        assert self._started is None, "the checkpoint before must be settled"
+        folder = step_folder(self.run, manifest.step)
+        aside = folder.with_name(folder.name + ASIDE)
         try:
-            result = write_pieces(aside, rank, pieces)
-        except (OSError, SafetensorError) as caught:
-            error = caught
-        raise_together(error, *telling)
-        results: list[tuple[str, FileEntry | None, list]] = [result] * dist.get_world_size()
-        dist.all_gather_object(results, result)
+            on_first_rank(lambda: make_empty(aside))
+        except OSError as error:
+            raise OSError(f"{telling(folder)[0]}: {error}; {telling(folder)[1]}") from error
+        pieces = self._copy() if self.asynchronous else self.pieces
+        writing = self._writer.submit(write_pieces, aside, dist.get_rank(), pieces)
+        self._started = Started(manifest, aside, folder, writing)
+        return None if self.asynchronous else self.settle()
+
+    def settle(self) -> Path | None:
+        """Wait until all ranks have written, and make the checkpoint the run's latest. Its folder, if one was started.
+
+        Raises:
+            OSError: on all ranks, when any could not write; earlier checkpoints are untouched.
+        """
+        started, self._started = self._started, None
+        if started is None:
+            return None
+        rank, written = dist.get_rank(), None
+        error: Exception | None = None
         try:
+            try:
+                written = started.writing.result()
+            except OSError as caught:
+                error = caught
+            raise_together(error, *telling(started.folder))
+            files: list[Written | None] | None = [None] * dist.get_world_size() if rank == 0 else None
+            dist.gather_object(written, files)
+            try:
+                if files is not None:
+                    commit(started.aside, started.folder, started.manifest, [file for file in files if file])
+                    self._pruned()
+                    self._pruning = self._writer.submit(prune, self.run, started.manifest.step, self.keep)
+                    if not self.asynchronous:
+                        self._pruned()
+            except (OSError, ValueError) as caught:
+                error = caught
+            raise_together(error, *telling(started.folder))
+        except OSError:
             if rank == 0:
-                commit(aside, folder, manifest, results)
-                prune(run, manifest.step, keep_last)
-        except (OSError, ValueError) as caught:
+                shutil.rmtree(started.aside, ignore_errors=True)
+            raise
+        return started.folder
+
+    def finish(self) -> None:
+        """Settle, and wait until old checkpoints are gone; every rank calls, at the end. OSError as `settle`."""
+        self.settle()
+        error = None
+        try:
+            self._pruned()
+        except OSError as caught:
             error = caught
-        raise_together(error, *telling)
-    except OSError:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return folder
+        raise_together(error, f"removing old checkpoints of {self.run}", "the newest one is whole")
+
+    def close(self) -> None:
+        """Wait for this rank's thread. What is not settled is not committed."""
+        self._writer.shutdown(wait=True)
+
+    def _pruned(self) -> None:
+        """Wait until old checkpoints are gone, or raise what kept them."""
+        pruning, self._pruning = self._pruning, None
+        if pruning is not None:
+            pruning.result()
+
+    @torch.no_grad()
+    def _copy(self) -> list[Piece]:
+        """The pieces that this rank writes, on the host."""
+        own = [piece for piece in self.pieces if piece.writes and piece.values.numel()]
+        if not self._copies:
+            pinned = own[0].values.device.type != "cpu" if own else False
+            self._copies = [
+                replace(piece, values=torch.empty(piece.values.shape, dtype=torch.float32, pin_memory=pinned))
+                for piece in own
+            ]
+        for piece, copy in zip(own, self._copies, strict=True):
+            copy.values.copy_(piece.values, non_blocking=True)
+        for device in {piece.values.device for piece in own if piece.values.device.type != "cpu"}:
+            torch.get_device_module(device).synchronize(device)
+        return self._copies
+
+
+def telling(folder: Path) -> tuple[str, str]:
+    """What an error says was being done, and what follows from it."""
+    return f"saving {folder}", "the last whole checkpoint is untouched"
+
+
+def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Piece], keep: Keep | None = None) -> Path:
+    """Write a checkpoint of `manifest.step` and make it the run's latest; every rank calls. As `Saver`, at once."""
+    saver = Saver(run, pieces, keep or Keep(), asynchronous=False)
+    saver.start(manifest)
+    saver.close()
+    return step_folder(run, manifest.step)
 
 
 def make_empty(aside: Path) -> None:
@@ -98,33 +230,25 @@ def make_empty(aside: Path) -> None:
     aside.mkdir(parents=True)
 
 
-def commit(aside: Path, folder: Path, manifest: CheckpointManifest, results: list) -> None:
-    """Write the manifest, check every file's size, rename, and point `latest` at the folder."""
-    manifest.files, manifest.tensors = {}, {}
-    for name, file_entry, held in results:
-        if file_entry is None:
-            continue
-        manifest.files[name] = file_entry
-        for key, shape, shard, offset, numel in held:
-            entry = manifest.tensors.setdefault(key, TensorEntry(shape, shard.dim, shard.count, []))
-            entry.pieces.append((name, shard.index, offset, numel))
+def commit(aside: Path, folder: Path, manifest: CheckpointManifest, files: Sequence[Written]) -> None:
+    """Write table and manifest, check every file, rename, and point `latest` at the folder."""
+    table = PieceIndex.of({file.name: file.held for file in files}).to_bytes()
+    manifest.files = {file.name: file.entry for file in files}
+    manifest.files[PIECES] = FileEntry(len(table), hashlib.sha256(table).hexdigest())
+    manifest.tensors = {
+        held.tensor: TensorEntry(list(held.shape), held.shard_dim, held.num_shards)
+        for file in files
+        for held in file.held
+    }
+    with atomic_write(aside / PIECES) as stream:
+        stream.write(table)
     manifest.check_sizes(aside)
-    with atomic_write(aside / MANIFEST) as file:
-        file.write(manifest.to_json().encode())
+    with atomic_write(aside / MANIFEST) as stream:
+        stream.write(manifest.to_json().encode())
     sync(aside)
     if folder.exists():  # the same step, saved by an earlier attempt
         shutil.rmtree(folder)
     aside.rename(folder)
     sync(folder.parent)
-    with atomic_write(folder.parent / LATEST) as file:
-        file.write(folder.name.encode())
-
-
-def prune(run: Path, step: int, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints up to the step just saved; 0 keeps all.
-
-    Later ones, which a resume has passed over as damaged, neither count nor go.
-    """
-    if keep_last:
-        for folder in [folder for folder in committed(run) if step_of(folder) <= step][:-keep_last]:
-            shutil.rmtree(folder)
+    with atomic_write(folder.parent / LATEST) as stream:
+        stream.write(folder.name.encode())

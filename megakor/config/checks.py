@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
     CorpusConfig,
     DataConfig,
@@ -29,6 +29,15 @@ from megakor.config.schema import (
     TrainConfig,
     TrainTokenizerConfig,
 )
+from megakor.config.verb_checks import (
+    check_corpus,
+    check_demo,
+    check_evaluate,
+    check_generate,
+    check_shard,
+    check_trace,
+    check_train_tokenizer,
+)
 
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "train.global_batch_size",
@@ -42,24 +51,6 @@ OWNED_DEEPSPEED_KEYS = {
     "scheduler": "schedule",
 }
 """Top-level DeepSpeed keys that megakor sets, and the key to use instead."""
-
-
-def require(condition: bool, key: str, value: Any, rule: str) -> None:
-    """Raise `ValueError` naming key, value and rule unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{key}={value} must {rule}")
-
-
-def positive(key: str, value: float | None, allow_zero: bool = False) -> None:
-    """Raise unless the value is positive, or null."""
-    if value is not None:
-        require(value >= 0 if allow_zero else value > 0, key, value, "be at least 0" if allow_zero else "be above 0")
-
-
-def share(key: str, value: float, low_open: bool = False, high_open: bool = False) -> None:
-    """Raise unless the value lies between 0 and 1."""
-    inside = (value > 0 if low_open else value >= 0) and (value < 1 if high_open else value <= 1)
-    require(inside, key, value, f"lie in {'(' if low_open else '['}0, 1{')' if high_open else ']'}")
 
 
 def check_model(model: ModelConfig, prefix: str = "model") -> None:
@@ -85,19 +76,6 @@ def check_model(model: ModelConfig, prefix: str = "model") -> None:
         model.rotary_pct,
         f"rotate an even, positive number of the {head_dim} dimensions of a head, not {rotary_dim}",
     )
-
-
-def nearest(value: int, legal: Iterable[int]) -> str:
-    """The legal values on both sides of an illegal one, in words."""
-    options = sorted(legal)
-    below, above = [n for n in options if n < value][-1:], [n for n in options if n > value][:1]
-    return "nearest: " + " or ".join(str(n) for n in below + above)
-
-
-def divides(key: str, value: int, what: str, total: int) -> None:
-    """Raise unless the value divides the total; the error names the nearest values that do."""
-    options = [n for n in range(1, total + 1) if total % n == 0]
-    require(total % value == 0, key, value, f"divide {what}; {nearest(value, options)}")
 
 
 def check_parallel(parallel: ParallelConfig, train: TrainConfig, optimizer: OptimizerName) -> None:
@@ -166,15 +144,30 @@ def check_engine(config: EngineConfig) -> None:
     share("optimizer.beta2", optimizer.beta2, high_open=True)
     for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
         share(f"schedule.{name}", getattr(schedule, name))
-    positive("checkpoint.interval", config.checkpoint.interval)
-    positive("checkpoint.keep_last", config.checkpoint.keep_last, allow_zero=True)
-    require(
-        config.checkpoint.resume in ("auto", "never"), "checkpoint.resume", config.checkpoint.resume, "be auto or never"
-    )
+    check_survival(config)
     positive("evaluation.interval", config.evaluation.interval, allow_zero=True)
     positive("logging.interval", config.logging.interval)
     positive("logging.peak_tflops", config.logging.peak_tflops)
     check_deepspeed(config.deepspeed)
+
+
+def check_survival(config: EngineConfig) -> None:
+    """The rules of checkpoints and of steps that go wrong."""
+    checkpoint, health = config.checkpoint, config.health
+    positive("checkpoint.interval", checkpoint.interval)
+    for name in ("keep_last", "keep_every", "restart_interval"):
+        positive(f"checkpoint.{name}", getattr(checkpoint, name), allow_zero=True)
+    every = checkpoint.keep_every
+    divides("checkpoint.interval", checkpoint.interval, f"checkpoint.keep_every={every}", every)
+    require(checkpoint.resume in ("auto", "never"), "checkpoint.resume", checkpoint.resume, "be auto or never")
+    for name in ("skip_limit", "spike_window", "spike_threshold", "hang_seconds"):
+        positive(f"health.{name}", getattr(health, name))
+    for name in ("spike_skip", "roll_back_limit", "replica_check_interval"):
+        positive(f"health.{name}", getattr(health, name), allow_zero=True)
+    rule = "be 0 with parallel.zero_stage=3, which leaves no replicas to compare"
+    partitioned = config.parallel.zero_stage == 3
+    require(not (partitioned and health.replica_check_interval), "health.replica_check_interval",
+            health.replica_check_interval, rule)  # fmt: skip
 
 
 def check_deepspeed(section: dict[str, Any]) -> None:
@@ -264,60 +257,6 @@ def check_instruct(config: InstructConfig) -> None:
     rule = "be {}: a pair stays whole"
     require(not config.train.sequence_lengths, "train.sequence_lengths", config.train.sequence_lengths, rule)
     check_pairs(config.pairs)
-
-
-def check_corpus(config: CorpusConfig) -> None:
-    share("heldout_ratio", config.heldout_ratio, low_open=True, high_open=True)
-    positive("max_bytes", config.max_bytes)
-
-
-def check_train_tokenizer(config: TrainTokenizerConfig) -> None:
-    require(bool(config.inputs), "inputs", config.inputs, "name at least one file or glob")
-    positive("vocab_size", config.vocab_size)
-    positive("max_bytes", config.max_bytes)
-    positive("num_threads", config.num_threads)
-    share("character_coverage", config.character_coverage, low_open=True)
-
-
-def check_shard(config: ShardConfig) -> None:
-    require(bool(config.inputs), "inputs", config.inputs, "name at least one file or glob")
-    positive("shard_size", config.shard_size)
-    positive("num_workers", config.num_workers)
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    positive("cache_size", config.cache_size)
-    positive("micro_batch_size", config.micro_batch_size)
-
-
-def check_generate(config: GenerateConfig) -> None:
-    given = [name for name in ("prompt", "question") if getattr(config, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"either prompt= or question= must be given, not {' and '.join(given) or 'neither'}")
-    require(not config.context or config.question is not None, "context", config.context, "come with a question")
-    positive("max_new_tokens", config.max_new_tokens)
-    positive("temperature", config.temperature, allow_zero=True)
-    positive("num_samples", config.num_samples)
-    share("top_p", config.top_p, low_open=True)
-
-
-def check_trace(config: TraceConfig) -> None:
-    given = [name for name in ("step", "document") if getattr(config, name) is not None] + ["spikes"] * config.spikes
-    if len(given) != 1:
-        raise ValueError(f"one of step=, document= and spikes=true must be given, not {' and '.join(given) or 'none'}")
-    positive("step", config.step)
-    positive("num_spikes", config.num_spikes)
-    positive("around", config.around, allow_zero=True)
-    require(config.format in ("table", "json"), "format", config.format, "be table or json")
-
-
-def check_demo(config: DemoConfig) -> None:
-    size = config.pipeline_parallel_size
-    require(size in (1, 2), "pipeline_parallel_size", size, "be 1 or 2: the demo runs two processes")
-    for name in ("max_bytes", "vocab_size", "num_steps", "instruct_steps"):
-        positive(name, getattr(config, name))
-    run = Path(config.run).resolve()
-    require(run not in (Path.cwd(), *Path.cwd().parents), "run", config.run, "be a folder of its own")
 
 
 CHECKS: dict[type, Callable[[Any], None]] = {

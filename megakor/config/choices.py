@@ -49,3 +49,11 @@ class OnError(Enum):
 class TokenizerKind(Enum):
     bpe = "bpe"
     unigram = "unigram"
+
+
+class OnSpike(Enum):
+    """What to do about a loss spike: nothing, tell, or go back to a checkpoint before it and leave its data out."""
+
+    off = "off"
+    warn = "warn"
+    act = "act"

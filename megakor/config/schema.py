@@ -13,6 +13,7 @@ from typing import Any
 from megakor.config.choices import (
     ActivationCheckpointing,
     OnError,
+    OnSpike,
     OptimizerName,
     Precision,
     ScheduleName,
@@ -21,6 +22,7 @@ from megakor.config.choices import (
 )
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
+from megakor.config.survival_schema import CheckpointConfig, HealthConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
     DemoConfig,
@@ -42,10 +44,12 @@ __all__ = [
     "EvaluationConfig",
     "ExportConfig",
     "GenerateConfig",
+    "HealthConfig",
     "InstructConfig",
     "LoggingConfig",
     "ModelConfig",
     "OnError",
+    "OnSpike",
     "OptimizerConfig",
     "OptimizerName",
     "PairsConfig",
@@ -157,13 +161,6 @@ class ScheduleConfig:
 
 
 @dataclass
-class CheckpointConfig:
-    interval: int = key(1000, help="save every so many steps, and at the end", unit="steps")
-    keep_last: int = key(3, help="whole checkpoints kept; older ones are removed; 0: all")
-    resume: str = key("auto", help="auto: go on from the newest whole checkpoint; never: refuse a run folder in use")
-
-
-@dataclass
 class EvaluationConfig:
     """Held-out sets are evaluated with train.micro_batch_size and train.sequence_length."""
 
@@ -191,6 +188,7 @@ class EngineConfig:
     optimizer: OptimizerConfig = section(OptimizerConfig, help="optimizer")
     schedule: ScheduleConfig = section(ScheduleConfig, help="learning rate")
     checkpoint: CheckpointConfig = section(CheckpointConfig, help="saving and resuming")
+    health: HealthConfig = section(HealthConfig, help="what is done about steps that go wrong")
     evaluation: EvaluationConfig = section(EvaluationConfig, help="validation loss and bits per byte")
     logging: LoggingConfig = section(LoggingConfig, help="terminal, metrics.jsonl, Weights & Biases")
     deepspeed: dict[str, Any] = key({}, help="passed to DeepSpeed as it is; keys that megakor owns are refused")

@@ -18,8 +18,9 @@ from megakor.instruct.stream import HeldoutPairs, PairStream, tokenise
 from megakor.instruct.template import FILE, chat_template
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine
-from megakor.train.loop import Training, train
+from megakor.train.loop import train
 from megakor.train.run import check_continues, check_tokenizer, process_group, resume_point, write_run
+from megakor.train.training import Training
 
 
 def run(config: InstructConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from megakor.checkpoint.format import WEIGHT
 from megakor.config.schema import ModelConfig
 from megakor.model.parameters import WHOLE, Shard, parameter_specs
 
@@ -14,11 +15,11 @@ from megakor.model.parameters import WHOLE, Shard, parameter_specs
 class Values(Protocol):
     """Where a model's values come from: a seed, or a checkpoint."""
 
-    def weight(self, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
-        """Elements of a flattened fp32 parameter or of a shard of it."""
+    def fill(self, out: torch.Tensor, state: str, name: str, start: int, shard: Shard = WHOLE) -> None:
+        """Fill `out`, 1-D, with elements from `start` on of a flattened state tensor or of a shard of it.
 
-    def state(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
-        """Elements of a flattened optimizer state or of a shard of it."""
+        Threads call it at once, with other tensors.
+        """
 
     @property
     def optimizer_steps(self) -> int:
@@ -38,9 +39,9 @@ class SeededValues:
     optimizer_steps: int = 0
     loss_scale: dict[str, float] | None = None
 
-    def weight(self, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
+    def fill(self, out: torch.Tensor, state: str, name: str, start: int, shard: Shard = WHOLE) -> None:
+        if state != WEIGHT:
+            out.zero_()
+            return
         spec = next(spec for spec in parameter_specs(self.model) if spec.name == name)
-        return shard.of(spec.initial_value(self.seed)).flatten()[start:stop]
-
-    def state(self, state: str, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
-        return torch.zeros(stop - start)
+        out.copy_(shard.of(spec.initial_value(self.seed)).flatten()[start : start + out.numel()])

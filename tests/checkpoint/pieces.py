@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from megakor.checkpoint.format import CheckpointManifest
+from megakor.checkpoint.format import MANIFEST, PIECES, CheckpointManifest, digest
+from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.save import save_checkpoint
+from megakor.files import sha256_of
 from megakor.model.parameters import WHOLE, parameter_specs
 from megakor.train.optimizer import Piece
 from tests.model.configs import small
@@ -81,15 +88,31 @@ def whole_pieces(seed: int = 0) -> list[Piece]:
 
 def save(run: Path, step: int, keep_last: int = 0, seed: int = 0) -> Path:
     """One process saves everything; the process group must be there."""
-    return save_checkpoint(run, manifest(step), whole_pieces(seed), keep_last)
+    return save_checkpoint(run, manifest(step), whole_pieces(seed), Keep(keep_last))
 
 
 def save_cut(run: Path, step: int, seed: int) -> Path:
     """Each rank saves its pieces."""
     pieces = cut(dist.get_rank(), dist.get_world_size(), seed)
-    return save_checkpoint(run, manifest(step), pieces, keep_last=0)
+    return save_checkpoint(run, manifest(step), pieces)
 
 
 def snapshot(run: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    raw = json.loads((folder / MANIFEST).read_text())
+    del raw["digest"]
+    change(raw)
+    (folder / MANIFEST).write_text(json.dumps({**raw, "digest": digest(raw)}))  # as a writer would have it
+
+
+def retable(folder: Path, change: Callable[[dict[str, list]], None]) -> None:
+    """Change the table of pieces, as a writer would have it."""
+    columns = pq.read_table(folder / PIECES).to_pydict()
+    change(columns)
+    pq.write_table(pa.table(columns), folder / PIECES)
+    entry = {"size": (folder / PIECES).stat().st_size, "sha256": sha256_of(folder / PIECES)}
+    edit(folder, lambda raw: raw["files"].update({PIECES: entry}))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -9,21 +8,14 @@ from typing import Any
 
 import pytest
 
-from megakor.checkpoint.format import MANIFEST, CheckpointManifest, digest
+from megakor.checkpoint.format import MANIFEST, CheckpointManifest
 from megakor.checkpoint.reader import CheckpointValues, newest_whole
-from tests.checkpoint.pieces import manifest, save
+from tests.checkpoint.pieces import edit, manifest, retable, save
 
 
 @pytest.fixture
 def saved(tmp_path: Path, alone: None) -> Path:
     return save(tmp_path / "run", 10)
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    raw = json.loads((folder / MANIFEST).read_text())
-    del raw["digest"]
-    change(raw)
-    (folder / MANIFEST).write_text(json.dumps({**raw, "digest": digest(raw)}))  # as a writer would have it
 
 
 def test_manifests_round_trip(saved: Path) -> None:
@@ -76,15 +68,15 @@ def test_a_manifest_cut_off_anywhere(saved: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda raw: raw["tensors"].update({"weight/x": {"shape": [2], "pieces": [["a", 0]]}}),
-        lambda raw: raw["tensors"].update({"weight/x": {"shape": [2], "pieces": [["a", "0", "2"]]}}),
-        lambda raw: raw["tensors"].update({"weight/x": {"shape": "ab", "pieces": []}}),
-        lambda raw: raw["tensors"].update({"weight/x": {"shape": [2], "pieces": 3}}),
+        lambda raw: raw["tensors"].update({"weight/x": {"shape": "ab", "shard_dim": 0, "num_shards": 1}}),
+        lambda raw: raw["tensors"].update({"weight/x": {"shape": [3], "shard_dim": 0, "num_shards": 2}}),
+        lambda raw: raw["tensors"].update({"weight/x": {"shape": [2], "shard_dim": 0, "num_shards": 1}}),
+        lambda raw: raw["files"].pop("pieces.parquet"),
         lambda raw: raw["files"].update({"a": {"size": 1}}),
         lambda raw: raw.update(step="zehn"),
         lambda raw: raw.update(extra=1),
     ],
-    ids=["short piece", "text in a piece", "text for a shape", "no list", "no digest", "text for a step", "unknown"],
+    ids=["text for a shape", "unequal shards", "no pieces", "no table", "no digest", "text for a step", "unknown"],
 )
 def test_a_manifest_of_other_types_is_passed_over(
     saved: Path, alone: None, change: Callable[[dict[str, Any]], None]
@@ -97,8 +89,8 @@ def test_a_manifest_of_other_types_is_passed_over(
 
 
 def test_another_version(saved: Path) -> None:
-    edit(saved, lambda raw: raw.update(version=3))
-    with pytest.raises(ValueError, match=r"version=3 must be 2"):
+    edit(saved, lambda raw: raw.update(version=2))
+    with pytest.raises(ValueError, match=r"version=2 must be 3"):
         CheckpointManifest.load(saved)
 
 
@@ -109,20 +101,47 @@ def test_file_names_that_leave_the_folder(saved: Path, name: str) -> None:
         CheckpointManifest.load(saved).check_sizes(saved)
 
 
+def put(column: str, row: int, value: object) -> Callable[[dict[str, list]], None]:
+    return lambda columns: columns[column].__setitem__(row, value)
+
+
 @pytest.mark.parametrize("name", ["../other.safetensors", "{outside}"])
 def test_pieces_that_leave_the_folder(saved: Path, name: str) -> None:
     """A piece names its file too; one that no digest covers must not be read."""
     outside = saved.parent / "other.safetensors"
     shutil.copy(saved / "rank-00000.safetensors", outside)
-    name = name.format(outside=outside)
+    retable(saved, lambda columns: columns.update(file=[name.format(outside=outside)] * len(columns["file"])))
+    with pytest.raises(ValueError, match=r"other.safetensors"):
+        CheckpointValues(saved)
 
-    def lead_away(raw: dict[str, Any]) -> None:
-        for entry in raw["tensors"].values():
-            entry["pieces"] = [[name, *numbers] for _, *numbers in entry["pieces"]]
 
-    edit(saved, lead_away)
-    with pytest.raises(ValueError, match=r"other.safetensors"), CheckpointValues(saved) as values:
-        values.weight("gpt_neox.final_layer_norm.weight", 0, 4)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("begin", 3, 10**9), "a piece of .* must lie within rank-00000.safetensors"),
+        (put("begin", 3, -4), "a piece of .* must lie within rank-00000.safetensors"),
+        (put("numel", 3, 1), r"pieces of .* must cover its shape \[.*\] once"),
+        (put("offset", 3, 1), r"pieces of .* must cover its shape \[.*\] once"),
+        (put("shard", 3, 1), r"pieces of .* must cover its shape \[.*\] once"),
+        (put("tensor", 0, "weight/x"), "pieces of .* must cover its shape once: one or the other"),
+        (put("numel", 0, None), "damaged"),
+        (lambda columns: columns.update(offset=["x"] * len(columns["offset"])), "damaged"),
+        (lambda columns: columns.pop("begin"), "damaged"),
+    ],
+)  # fmt: skip
+def test_a_table_that_says_otherwise(saved: Path, change: Callable, message: str) -> None:
+    retable(saved, change)
+    with pytest.raises(ValueError, match=rf"pieces\.parquet: {message}"):
+        CheckpointValues(saved)
+    assert newest_whole(saved.parents[1], contents=True) is None
+
+
+def test_a_file_too_many(saved: Path) -> None:
+    (saved / ".nfs0001").touch()
+    CheckpointManifest.load(saved).check_sizes(saved)
+    (saved / "rank-00007.safetensors").touch()
+    with pytest.raises(ValueError, match=r"rank-00007\.safetensors: must not be there; the manifest does not name it"):
+        CheckpointManifest.load(saved).check_sizes(saved)
 
 
 def test_a_flipped_step_is_noticed(saved: Path) -> None:
@@ -158,20 +177,3 @@ def test_every_flipped_bit_is_noticed(saved: Path) -> None:
             CheckpointManifest.load(saved).check_contents(saved)
     file.write_bytes(data)
     CheckpointManifest.load(saved).check_contents(saved)
-
-
-@pytest.mark.parametrize("change", ["gap", "overlap", "too long", "missing"])
-def test_pieces_must_cover_a_tensor_once(saved: Path, change: str) -> None:
-    def move(raw: dict[str, Any]) -> None:
-        entry = next(iter(raw["tensors"].values()))
-        file, _, _, size = entry["pieces"][0]
-        entry["pieces"] = {
-            "gap": [[file, 0, 0, 2], [file, 0, 3, size - 3]],
-            "overlap": [[file, 0, 0, 4], [file, 0, 2, size - 2]],
-            "too long": [[file, 0, 0, size + 1]],
-            "missing": [],
-        }[change]
-
-    edit(saved, move)
-    with pytest.raises(ValueError, match="must cover its shape"):
-        CheckpointManifest.load(saved).check_sizes(saved)

@@ -228,7 +228,7 @@ def pieces_missing(run: Path) -> str:
         Piece(p.state, p.name, p.shape, p.shard, 0, p.values[:8], True) for p in pieces if p.name == "embed_out.weight"
     ]
     try:
-        save_checkpoint(run, manifest(5), lost + half, keep_last=0)
+        save_checkpoint(run, manifest(5), lost + half)
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -154,7 +154,10 @@ def run_job(job: Job) -> tuple[str | None, list[str]]:
     pretrain.process_group = _layout
     Engine.train_step, saving.commit = ended_by(job, real_step), commit  # type: ignore[assignment, method-assign]
     try:
-        pretrain.run(copy.deepcopy(job.config))
+        config = copy.deepcopy(job.config)
+        if job.stop is not None:
+            config.checkpoint.asynchronous = False  # what is saved before it stops is to be there
+        pretrain.run(config)
         return None, kept.lines
     except Stop:
         return None, kept.lines

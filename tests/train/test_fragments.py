@@ -59,10 +59,8 @@ def check_start(engine: Engine, seed: int) -> None:
     values = SeededValues(engine.model, seed)
     assert engine.pieces
     for piece in engine.pieces:
-        stop = piece.offset + piece.values.numel()
-        expected = torch.zeros_like(piece.values)
-        if piece.state == "weight":
-            expected = values.weight(piece.name, piece.offset, stop, piece.shard)
+        expected = torch.empty_like(piece.values)
+        values.fill(expected, piece.state, piece.name, piece.offset, piece.shard)
         assert torch.equal(piece.values, expected), (piece.state, piece.name)
 
 
@@ -89,7 +87,7 @@ def run_layout(run: Path, changes: dict[str, Any]) -> list[StepResult]:
     manifest = CheckpointManifest(
         NUM_STEPS, NUM_TOKENS, plain(engine.model), "", {"name": "", **engine.optimizer_state()}, {}, {}
     )
-    check_saved(engine, save_checkpoint(run, manifest, engine.pieces, keep_last=0))
+    check_saved(engine, save_checkpoint(run, manifest, engine.pieces))
     dist.barrier()
     return results
 

@@ -1,0 +1,85 @@
+"""What rank 0 says about a run: progress, log lines and metric records."""
+
+from __future__ import annotations
+
+import math
+
+import torch.distributed as dist
+
+from megakor.config.schema import ModelConfig
+from megakor.logs import Progress, get_logger, progress
+from megakor.model.parameters import num_parameters
+from megakor.train.metrics import Metrics, Throughput, next_attempt
+from megakor.train.run import plain
+from megakor.train.training import Heldout, Training
+
+log = get_logger(__name__)
+
+
+class Reporter:
+    """Rank 0's words about the run: progress, log lines and metric records; silent on other ranks."""
+
+    def __init__(self, training: Training, peak_tflops: float, flops_per_token: float) -> None:
+        self.training, self.peak_tflops, self.flops_per_token = training, peak_tflops, flops_per_token
+        config = training.config
+        self.metrics: Metrics | None = None
+        if dist.get_rank() == 0:
+            attempt = next_attempt(training.run)
+            self.metrics = Metrics(training.run, config.name, config.logging, plain(config), attempt)
+            model: ModelConfig = training.engine.model
+            count = num_parameters(model)
+            self.metrics.write(
+                "start",
+                training.first_step,
+                world_size=dist.get_world_size(),
+                peak_tflops=peak_tflops,
+                num_parameters=count,
+            )
+            log.info(
+                "%s: %s parameters, steps %d to %d, %d ranks (%d stages × %d replicas), peak %.3g TFLOP/s",
+                config.name, f"{count:,}", training.first_step, config.train.num_steps, dist.get_world_size(),
+                training.engine.dims.pipeline, training.engine.dims.data, peak_tflops,
+            )  # fmt: skip
+            engine, size = training.engine, config.train.global_batch_size
+            rows = engine.num_micro_batches * engine.micro_batch_size * engine.dims.data
+            if rows > size:
+                log.warning("train.global_batch_size=%d: %d rows of a step are filled up", size, rows - size)
+        remaining = config.train.num_steps - training.first_step
+        self.bar: Progress[None] = progress(total=remaining, unit="step", description=config.name)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+        if self.metrics is not None:
+            self.metrics.__exit__(*exception)
+
+    def step(self, step: int, seconds: float, loss: float, lr: float, grad_norm: float) -> None:
+        self.bar.update(1)
+        if self.metrics is None or step % self.training.config.logging.interval:
+            return
+        plan = self.training.stream.plan
+        tokens = plan.num_tokens(step - 1)
+        speed = Throughput(seconds, tokens, self.flops_per_token, self.peak_tflops).record()
+        self.metrics.write(
+            "train", step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=plan.num_tokens_before(step), **speed
+        )
+        if step % max(1, self.training.config.train.num_steps // 20) == 0 or step == self.training.first_step + 1:
+            log.info(
+                "step %d  loss %.4f  lr %.3g  grad norm %.3f  %s tokens/s  %.4f TFLOP/s  MFU %.1f %%",
+                step, loss, lr, grad_norm, f"{speed['tokens_per_second']:,.0f}", speed["tflops"], 100 * speed["mfu"],
+            )  # fmt: skip
+
+    def validation(self, step: int, heldout: Heldout, nats: float) -> None:
+        if self.metrics is None:
+            return
+        loss = nats / heldout.num_tokens
+        bits = nats / math.log(2) / heldout.num_text_bytes
+        self.metrics.write("validation", step, set=heldout.name, loss=loss, bits_per_byte=bits)
+        log.info("step %d  %s: loss %.4f, %.4f bits per byte", step, heldout.name, loss, bits)
+
+    def save(self, step: int, seconds: float) -> None:
+        if self.metrics is not None:
+            self.metrics.write("save", step, seconds=seconds)
+            log.info("step %d  checkpoint begun; training waited %.2f s", step, seconds)
