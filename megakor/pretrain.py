@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from megakor.train.loop import train
 from megakor.train.run import (
     check_continues,
     check_same_everywhere,
+    locked,
     process_group,
     resolve_vocabulary,
     resume_point,
@@ -52,18 +53,22 @@ def run(config: PretrainConfig) -> None:
                 on_first_rank(partial(check_files, source.folder, source.manifest))
         check_same_everywhere(stream.state(0))  # a folder of a node's own may hold other shards
         model = resolve_vocabulary(config.model, tokenizer.vocab_size)
-        checkpoint = resume_point(config)
         with ExitStack() as stack:
+            stack.enter_context(locked(run))
+            checkpoint = resume_point(config)
             values: Values = SeededValues(model, size.seed)
             first_step = 0
-            if checkpoint is not None:
-                values = saved = stack.enter_context(CheckpointValues(checkpoint))
-                first_step = saved.manifest.step
-                check_continues(saved.manifest, config, model, tokenizer.fingerprint, stream.state(first_step))
-            write_run(config, tokenizer)
-            on_first_rank(partial(keep_tables, run, stream.sources))
-            engine = Engine(config, model, tokenizer.vocab_size, dims, values)
-        with closing(stream), closing(files) if files else nullcontext():
+            with ExitStack() as reading:
+                if checkpoint is not None:
+                    values = saved = reading.enter_context(CheckpointValues(checkpoint, vocab_size=model.vocab_size))
+                    first_step = saved.manifest.step
+                    check_continues(saved.manifest, config, model, tokenizer.fingerprint, stream.state(first_step))
+                write_run(config, tokenizer)
+                on_first_rank(partial(keep_tables, run, stream.sources))
+                engine = Engine(config, model, tokenizer.vocab_size, dims, values)
+            stack.enter_context(closing(stream))
+            if files is not None:
+                stack.enter_context(closing(files))
             train(Training(config, run, engine, stream, heldout, tokenizer.fingerprint, first_step))
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
+from filelock import FileLock, Timeout
 
-from megakor.checkpoint.format import CheckpointManifest, committed
-from megakor.checkpoint.reader import newest_whole
-from megakor.config.schema import EngineConfig, ModelConfig
+from megakor.checkpoint.format import CheckpointManifest, committed, step_of
+from megakor.config.schema import EngineConfig, ModelConfig, OptimizerName
 from megakor.files import atomic_write
 from megakor.logs import get_logger
 from megakor.parallel.dims import ParallelDims
@@ -31,6 +33,9 @@ from megakor.train.device import check_precision, end_process_group, start_proce
 log = get_logger(__name__)
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
+PADDING = ("model.vocab_size", "model.make_vocab_size_divisible_by")
+"""Rows past the true vocabulary take no part in anything; but Adafactor's row and column means count them."""
 
 
 def plain(value: Any) -> Any:
@@ -123,23 +128,69 @@ def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=rows)
 
 
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run's folder, which takes one run at a time; the kernel frees it when rank 0's process ends.
+
+    ValueError on every rank when another run holds it.
+    """
+    path = run / LOCK
+    lock = FileLock(path, timeout=0)
+
+    def take() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"run={run} must be a folder that no other run is using; one is: {path.read_text()}"
+            ) from None
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+
+    on_first_rank(take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def resume_point(config: EngineConfig) -> Path | None:
-    """The checkpoint to go on from: rank 0 looks for the newest whole one, all ranks get the same answer.
+    """The checkpoint to go on from, the newest whole one: ranks share the reading, and all get the same answer.
 
     Raises:
         ValueError: `checkpoint.resume=never` in a folder that a run has used, or every checkpoint is damaged.
     """
     run = Path(config.run)
 
-    def look() -> Path | None:
+    def look() -> list[Path]:
         if config.checkpoint.resume == "never" and (run / CONFIG).is_file():
             raise ValueError(f"run={run} must be a new folder with checkpoint.resume=never")
-        found = newest_whole(run, contents=True)
-        if found is None and committed(run):
-            raise ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")
-        return found
+        return committed(run)[::-1]
 
-    return on_first_rank(look)
+    found = on_first_rank(look)
+    for folder in found:
+        damage = shared_check(folder)
+        if damage is None:
+            return folder
+        log.warning("passing over a damaged checkpoint: %s", damage)
+    if found:
+        raise ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")
+    return None
+
+
+def shared_check(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything: each rank compares the SHA-256 of its part of the files."""
+    error = None
+    try:
+        manifest = CheckpointManifest.load(folder)
+        if manifest.step != step_of(folder):
+            raise ValueError(f"{folder}: step={manifest.step} in its manifest must be that of its name")
+        manifest.check_contents(folder, dist.get_rank(), dist.get_world_size())
+    except (ValueError, OSError) as caught:
+        error = str(caught)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return next((text for text in errors if text is not None), None)
 
 
 def check_continues(
@@ -154,6 +205,9 @@ def check_continues(
         "optimizer.name": manifest.optimizer["name"],
         "tokenizer": manifest.tokenizer_fingerprint,
     }
+    if config.optimizer.name is not OptimizerName.adafactor:
+        for key in PADDING:
+            ours.pop(key), theirs.pop(key)
     if "data.train" in data:
         ours["data.tokenizer"], theirs["data.tokenizer"] = ours.pop("tokenizer"), theirs.pop("tokenizer")
     if ours.keys() != theirs.keys():
