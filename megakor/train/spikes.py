@@ -54,8 +54,8 @@ class Spike:
         if not math.isfinite(self.value):
             return f"step {self.step}: {self.quantity} is not finite"
         return (
-            f"step {self.step}: {self.quantity} {self.value:.4g} lies {self.deviations:.1f} deviations above the median "
-            f"{self.median:.4g}"
+            f"step {self.step}: {self.quantity} {self.value:.4g} lies {self.deviations:.1f} deviations above the "
+            f"median {self.median:.4g}"
         )
 
 
