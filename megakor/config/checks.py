@@ -18,6 +18,7 @@ from megakor.config.schema import (
     GenerateConfig,
     InstructConfig,
     ModelConfig,
+    OnSpike,
     OptimizerName,
     PairsConfig,
     ParallelConfig,
@@ -239,6 +240,9 @@ def check_pretrain(config: PretrainConfig) -> None:
     check_engine(config)
     check_fit(config, config.model)
     check_data(config.data)
+    rule = "be off or warn with data.dataset: a stretch can be left out of shards alone"
+    acts = config.health.on_spike is OnSpike.act
+    require(not (acts and config.data.dataset), "health.on_spike", config.health.on_spike.value, rule)
 
 
 def check_simulate(config: SimulateConfig) -> None:
@@ -257,6 +261,8 @@ def check_instruct(config: InstructConfig) -> None:
     rule = "be {}: a pair stays whole"
     require(not config.train.sequence_lengths, "train.sequence_lengths", config.train.sequence_lengths, rule)
     check_pairs(config.pairs)
+    rule = "be off or warn: a stretch can be left out of pretraining shards alone"
+    require(config.health.on_spike is not OnSpike.act, "health.on_spike", config.health.on_spike.value, rule)
 
 
 CHECKS: dict[type, Callable[[Any], None]] = {

@@ -8,6 +8,7 @@ Nothing here keeps a position. `PretrainStream` deals each global batch to data 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,7 @@ from megakor.data.mixture import Mixture, Share
 from megakor.data.order import ORDER_VERSION, SourceOrder
 from megakor.data.plan import Plan
 from megakor.data.prefetch import Prefetcher
+from megakor.data.skips import merged, read_skips
 from megakor.data.source import Source
 
 STEPS_AHEAD = 8  # for which shards are fetched
@@ -139,6 +141,14 @@ class PretrainStream:
         self._ones = lru_cache(lambda num_rows: np.ones((num_rows, plan.sequence_length), dtype=np.float32))
         self._rows_of = lru_cache(maxsize=STEPS_AHEAD + 1)(self.rows)
 
+    def skipping(self, more: Sequence[Sequence[int]]) -> PretrainStream:
+        """The same stream with more stretches left out."""
+        other, plan = copy.copy(self), self.plan
+        skip = merged(plan.skip, more)
+        other.plan = Plan(plan.global_batch_size, plan.sequence_length, plan.batch_sizes, plan.sequence_lengths, skip)
+        other._rows_of = lru_cache(maxsize=STEPS_AHEAD + 1)(other.rows)
+        return other
+
     def close(self) -> None:
         """Fetch no more."""
         if self.files is not None:
@@ -250,7 +260,7 @@ def pretrain_stream(
 
     Args:
         tokenizer: that the shards were made with.
-        run: its folder, which has what it began with, or nothing yet.
+        run: its folder, which has what it began with and what it has left out since, or nothing yet.
         num_processes: of this machine that share the cache.
 
     Raises:
@@ -261,7 +271,8 @@ def pretrain_stream(
     files = prefetcher(data, num_processes)
     maps = Maps(files.max_open_bytes if files else 0)
     sources = {name: Source(folder, files, maps) for name, folder in data.named_sources.items()}
-    plan = Plan(train.global_batch_size, train.sequence_length, train.batch_sizes, train.sequence_lengths, data.skip)
+    skip = merged(data.skip, *(skipped.stretches for skipped in read_skips(run)))
+    plan = Plan(train.global_batch_size, train.sequence_length, train.batch_sizes, train.sequence_lengths, skip)
     shares = [
         Share(name, int(source.samples_of_shards(train.sequence_length).sum()), data.max_epochs.get(name))
         for name, source in sources.items()

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from megakor.config.schema import DataConfig, TraceConfig, TrainConfig
 from megakor.data.ledger import find, passages, steps
+from megakor.data.skips import stretches
 from megakor.data.stream import PretrainStream, pretrain_stream
 from megakor.logs import progress
 from megakor.tokenizer.tokenizer import Tokenizer
@@ -113,16 +113,6 @@ def around_spikes(stream: PretrainStream, run: Path, config: TraceConfig, num_st
             about = {"spike": worst, "loss": losses.get(step), "rise": rise if step == worst else None, "skip": skip}
             records += [{**about, **asdict(passage)} for passage in passages(stream, step)]
     return records
-
-
-def stretches(positions: np.ndarray) -> list[list[int]]:
-    """Positions as `data.skip` names them: [first, one after the last] of each stretch without a gap.
-
-    Those of a step have a gap where a stretch is skipped already.
-    """
-    positions = np.sort(positions)
-    pieces = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
-    return [[int(piece[0]), int(piece[-1]) + 1] for piece in pieces]
 
 
 def tell(records: Iterable[Record], form: str) -> None:

@@ -35,7 +35,14 @@ from megakor.train.adafactor import Sharing
 from megakor.train.device import DTYPES, attending, device, loss_chunk, to_device, without_compiler
 from megakor.train.fragments import flats, fragments, is_partitioned, own_range
 from megakor.train.loss_scale import restore_scaler, scaler_state
-from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
+from megakor.train.optimizer import (
+    Piece,
+    build_optimizer,
+    optimizer_pieces,
+    optimizer_steps,
+    prepare_state,
+    set_optimizer_steps,
+)
 from megakor.train.settings import deepspeed_config, num_micro_batches
 from megakor.train.values import Values
 
@@ -182,6 +189,17 @@ class Engine:
         if values.loss_scale is not None:
             restore_scaler(self._scaler, values.loss_scale)
         assert self._settings() == self.group_settings, "a load must leave the settings of the optimizer's groups alone"
+
+    def restore(self, values: Values) -> None:
+        """Take up other values in the middle of a run, as a new start from them would; every rank calls."""
+        partitioned = any(is_partitioned(parameter) for _, parameter in self.built.named)
+        if partitioned:
+            self.engine.optimizer.checkpoint_event_prologue()  # small parameters are whole between steps
+        self._fill(values)
+        if partitioned:
+            self.engine.optimizer.checkpoint_event_epilogue()
+        set_optimizer_steps(self.optimizer, values.optimizer_steps)
+        self.load(values)
 
     @property
     def _mpu(self) -> ModelParallelUnit | None:

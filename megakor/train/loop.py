@@ -14,14 +14,20 @@ import torch.distributed as dist
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.save import Saver, Saving
+from megakor.config.schema import OnSpike
+from megakor.data.stream import PretrainStream
 from megakor.logs import get_logger
 from megakor.model.flops import train_flops_per_token
+from megakor.parallel.together import on_first_rank
 from megakor.train.boundary import Boundary
 from megakor.train.device import measure_peak_tflops
 from megakor.train.exit_record import ExitRecord, remove_exit
+from megakor.train.metrics import read_metrics
 from megakor.train.reporter import Reporter
+from megakor.train.roll_back import roll_back
 from megakor.train.run import plain
 from megakor.train.schedule import learning_rate
+from megakor.train.spikes import Spike, SpikeRule
 from megakor.train.stop import Reason, StopRequest
 from megakor.train.training import Training
 
@@ -75,13 +81,19 @@ class Loop:
         self.boundary = Boundary()
         self.step = training.first_step
         self.saved: str | None = None
-        self.skipped_in_a_row = 0
+        health = self.config.health
+        self.spikes = SpikeRule(health.spike_window, health.spike_threshold, min(32, health.spike_window))
+        self.spikes.refill(on_first_rank(lambda: read_metrics(training.run)))
+        self.spikes.forget(self.step)
+        self.skipped_in_a_row = self.roll_backs = 0
 
     def run(self) -> Reason:
         """Step by step to the end; what ended it before that."""
         reason = Reason.none
         while self.step < self.config.train.num_steps and not reason:
-            self.take_step()
+            spike = self.take_step()
+            if spike is not None and self.went_back(spike):
+                continue
             validation = self.evaluate() if self.due(self.config.evaluation.interval) else {}
             reason = self.meet()
             kept = self.due(self.config.checkpoint.interval)
@@ -98,14 +110,56 @@ class Loop:
         """Whether what is done every so many steps, and at the end, is done after this one."""
         return bool(interval) and (self.step % interval == 0 or self.step == self.config.train.num_steps)
 
-    def take_step(self) -> None:
-        """Batch, forward, backward, clip, update; log."""
+    def take_step(self) -> Spike | None:
+        """Batch, forward, backward, clip, update; log. Whether it was a spike.
+
+        ValueError after too many steps in a row without a finite gradient.
+        """
         start, engine, config = time.perf_counter(), self.engine, self.config
         batches = self.stream.micro_batches(self.step, engine.data_rank, engine.dims.data, engine.micro_batch_size)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.num_steps)
         result = engine.train_step(batches, lr, self.step)
         self.step += 1
-        self.reporter.step(self.step, time.perf_counter() - start, loss=result.loss, lr=lr, grad_norm=result.grad_norm)
+        seconds = time.perf_counter() - start
+        self.reporter.step(self.step, seconds, loss=result.loss, lr=lr, grad_norm=result.grad_norm)
+        if result.skipped:
+            self.count_skipped()
+            return None
+        self.skipped_in_a_row = 0
+        if config.health.on_spike is OnSpike.off:
+            return None
+        return self.spikes.observe(self.step, result.loss, result.grad_norm)
+
+    def count_skipped(self) -> None:
+        """Tell of a step that has changed nothing; the last straw ends the run."""
+        self.skipped_in_a_row += 1
+        limit = self.config.health.skip_limit
+        log.warning("step %d: its loss or gradient is not finite; nothing is changed by it", self.step)
+        if self.skipped_in_a_row >= limit:
+            raise ValueError(
+                f"run={self.training.run}: loss and gradient must be finite, and were not in {limit} steps in a row up "
+                f"to {self.step} (health.skip_limit={limit}); try a lower optimizer.lr from an earlier checkpoint"
+            )
+
+    def went_back(self, spike: Spike) -> bool:
+        """Tell of a spike; whether the run has gone back before it. All ranks saw the same one."""
+        health, stream = self.config.health, self.stream
+        self.reporter.spike(spike)
+        if health.on_spike is not OnSpike.act:
+            return False
+        if self.roll_backs >= health.roll_back_limit:
+            log.warning("health.roll_back_limit=%d is reached: the run goes on after its spike", health.roll_back_limit)
+            return False
+        assert isinstance(stream, PretrainStream), "the configuration's rules let no other stream act on spikes"
+        self.settled(self.saver.settle())
+        found = roll_back(self.training.run, self.engine, stream, spike, health.spike_skip)
+        if found is None:
+            log.warning("%s: there is no checkpoint before it to go back to", spike)
+            return False
+        self.step, self.stream = found
+        self.roll_backs += 1
+        self.spikes.forget(self.step)
+        return True
 
     def meet(self) -> Reason:
         """Hear from all ranks; settle a checkpoint that all have written. Why the run is to stop, if it is."""

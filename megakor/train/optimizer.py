@@ -113,3 +113,12 @@ def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
     if isinstance(optimizer, Adafactor):
         return optimizer.steps
     return int(next(iter(optimizer.state.values()))["step"])
+
+
+def set_optimizer_steps(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
+    """As after so many updates."""
+    if isinstance(optimizer, Adafactor):
+        optimizer.updates = dict.fromkeys(optimizer.updates, num_updates)
+        return
+    for state in optimizer.state.values():
+        state["step"].fill_(num_updates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import torch.distributed as dist
 
@@ -11,6 +12,7 @@ from megakor.logs import Progress, get_logger, progress
 from megakor.model.parameters import num_parameters
 from megakor.train.metrics import Metrics, Throughput, next_attempt
 from megakor.train.run import plain
+from megakor.train.spikes import Spike
 from megakor.train.training import Heldout, Training
 
 log = get_logger(__name__)
@@ -70,6 +72,12 @@ class Reporter:
                 "step %d  loss %.4f  lr %.3g  grad norm %.3f  %s tokens/s  %.4f TFLOP/s  MFU %.1f %%",
                 step, loss, lr, grad_norm, f"{speed['tokens_per_second']:,.0f}", speed["tflops"], 100 * speed["mfu"],
             )  # fmt: skip
+
+    def spike(self, spike: Spike) -> None:
+        if self.metrics is not None:
+            about = {key: value for key, value in asdict(spike).items() if key != "step"}
+            self.metrics.write("spike", spike.step, **about)
+            log.warning("%s", spike)
 
     def validation(self, step: int, heldout: Heldout, nats: float) -> None:
         if self.metrics is None:
