@@ -8,6 +8,7 @@ by every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -41,10 +42,18 @@ from megakor.train.values import Values
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells: loss in nats per unmasked token of the global batch, and the gradient norm before clipping."""
+    """What a step tells, the same on every rank.
+
+    Attributes:
+        loss: nats per unmasked token of the global batch.
+        grad_norm: the gradient norm before clipping; not a finite number where the step was skipped.
+        skipped: whether the loss or a gradient of any rank was not finite, so that the step changed nothing: neither
+            weights nor optimizer state nor the number of updates.
+    """
 
     loss: float
     grad_norm: float
+    skipped: bool = False
 
 
 class HeldoutWindows(Protocol):
@@ -239,6 +248,9 @@ class Engine:
         The loss is the sum over unmasked tokens over the global batch's count of them. DeepSpeed averages over
         micro-batches and replicas, so each micro-batch is scaled by their number.
 
+        A loss that is not finite makes all its gradients so (see `vocabulary_loss`), and a gradient that is not makes
+        the norm so, which every rank knows before any updates: ZeRO's optimizers then drop the gradients and go on.
+
         Args:
             batches: the micro-batches; their number and the length of their rows may differ from the last step's.
             lr: learning rate.
@@ -261,13 +273,18 @@ class Engine:
                 if self.clips_itself and self.engine.is_gradient_accumulation_boundary():
                     limit = self.clip_grad_norm or float("inf")
                     grad_norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit)
+                    if not torch.isfinite(grad_norm):
+                        self.engine.zero_grad()  # optimizers leave alone what has no gradient
                 self.engine.step()
                 loss += micro_loss.detach()
             dist.all_reduce(loss, group=self.groups.replicas)
             loss /= self.num_micro_batches * self.dims.replicas
         if not self.clips_itself:
             grad_norm = self.engine.get_global_grad_norm()
-        return StepResult(loss=float(loss), grad_norm=float(grad_norm))
+        norm = float(grad_norm)
+        skipped = not 0.0 <= norm < math.inf
+        assert self.clips_itself or self.engine.was_step_applied() is not skipped, f"an update by a norm of {norm}"
+        return StepResult(float(loss), norm, skipped)
 
     def evaluate(self, heldout: HeldoutWindows) -> float:
         """Negative log-likelihood of a held-out set in nats, summed over its unmasked tokens."""
