@@ -34,6 +34,7 @@ from megakor.parallel.groups import Groups, ModelParallelUnit
 from megakor.train.adafactor import Sharing
 from megakor.train.device import DTYPES, attending, device, loss_chunk, to_device, without_compiler
 from megakor.train.fragments import flats, fragments, is_partitioned, own_range
+from megakor.train.guard import drop_gradients, see_all_gradients
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import Piece, build_optimizer, optimizer_pieces, optimizer_steps, prepare_state
 from megakor.train.settings import deepspeed_config, num_micro_batches
@@ -146,6 +147,8 @@ class Engine:
                 self.engine.pipeline_enable_backward_allreduce = False
         if self.pipelined and isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer):
             self.engine.optimizer.scaled_global_norm = partial(norm_of_all_groups, self.engine.optimizer)
+        if self.groups.position("tensor"):
+            see_all_gradients(self.engine.optimizer, [parameter for _, parameter in self.built.named])
         self.group_settings = [
             {key: value for key, value in group.items() if isinstance(value, int | float) and key != "lr"}
             for group in self.optimizer.param_groups
@@ -284,6 +287,8 @@ class Engine:
         norm = float(grad_norm)
         skipped = not 0.0 <= norm < math.inf
         assert self.clips_itself or self.engine.was_step_applied() is not skipped, f"an update by a norm of {norm}"
+        if skipped:
+            drop_gradients(self.engine.optimizer)
         return StepResult(float(loss), norm, skipped)
 
     def evaluate(self, heldout: HeldoutWindows) -> float:
