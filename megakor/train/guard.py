@@ -19,6 +19,11 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 
+def is_cut(parameter: nn.Parameter) -> bool:
+    """Whether tensor ranks hold parts of a parameter; all of them count then."""
+    return parameter.model_parallel  # type: ignore[attr-defined]
+
+
 def mark(gradients: list[torch.Tensor]) -> torch.Tensor:
     """A scalar: 0, or NaN where a gradient is not finite."""
     return 0.0 * get_total_norm(gradients)
@@ -31,17 +36,17 @@ def see_all_gradients(zero: Any, parameters: list[nn.Parameter]) -> None:
 
     Args:
         zero: the engine's optimizer.
-        parameters: the rank's; the optimizer knows those that are cut over tensor ranks by their `model_parallel`.
+        parameters: the rank's.
     """
     if isinstance(zero, BF16_Optimizer):
         see_all_accumulated(zero)
         return
-    cut = next(parameter for parameter in parameters if parameter.model_parallel)  # type: ignore[attr-defined]
+    cut = next(filter(is_cut, parameters))
     norm, norm_offloaded = zero.get_grad_norm_direct, zero.complete_grad_norm_calculation_for_cpu_offload
 
     def seeing(gradients: list[torch.Tensor], params: list[nn.Parameter], norm_type: int = 2) -> torch.Tensor:
         own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        unseen = [gradient for gradient, parameter in zip(own, params, strict=False) if not parameter.model_parallel]  # type: ignore[attr-defined]
+        unseen = [gradient for gradient, parameter in zip(own, params, strict=False) if not is_cut(parameter)]
         return norm([mark(unseen), *own], [cut, *params], norm_type)
 
     def seeing_offloaded(params: list[nn.Parameter]) -> torch.Tensor:
@@ -65,7 +70,7 @@ def see_all_accumulated(zero: BF16_Optimizer) -> None:
                 gradient
                 for group, gradients in zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True)
                 for parameter, gradient in zip(group, gradients, strict=True)
-                if not parameter.model_parallel
+                if not is_cut(parameter)
             ]
             own, _ = found
             smallest = min(range(len(own)), key=lambda index: own[index].numel())

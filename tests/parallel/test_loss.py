@@ -178,9 +178,11 @@ def test_a_loss_that_is_not_finite_has_no_finite_gradient(logit: float, label: i
     loss.backward()
     assert logits.grad is not None
     if logit == -torch.inf and label != 0:
-        assert loss.isfinite() and logits.grad.isfinite().all()
+        assert loss.isfinite()
+        assert logits.grad.isfinite().all()
     else:
-        assert not loss.isfinite() and not logits.grad.isfinite().any()
+        assert not loss.isfinite()
+        assert not logits.grad.isfinite().any()
 
 
 class Sizes(TorchDispatchMode):

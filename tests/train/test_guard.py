@@ -1,6 +1,6 @@
 """A step whose loss or gradients are not finite changes nothing, in every engine.
 
-Every layout runs the steps A, several bad ones and B, and the steps A and B alone: bitwise the same.
+Every layout runs the steps A, bad ones of all kinds and B, and the steps A and B alone: bitwise the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
 
 from megakor.data.stream import Batch
 from megakor.train.engine import Engine, StepResult
@@ -53,6 +54,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp2 zero3 bf16 adafactor": zero(3) | BF16 | ADAFACTOR,
         "dp2 zero3 offload bf16": zero(3) | OFFLOAD_BOTH | BF16,
         "tp2 bf16": TP2 | BF16,
+        "tp2 offload": TP2 | OFFLOAD,
+        "tp2 zero3 offload unclipped": TP2 | zero(3) | OFFLOAD_BOTH | UNCLIPPED,
         "tp2 sp unclipped": SP2 | UNCLIPPED,
         "tp2 sp zero3 bf16 adafactor": SP2 | zero(3) | BF16 | ADAFACTOR,
         "cp2 bf16 unclipped": CP2 | BF16 | UNCLIPPED,
@@ -62,6 +65,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2 tied bf16": PP2 | TIED | BF16,
         "pp2 bf16 adafactor unclipped": PP2 | BF16 | ADAFACTOR | UNCLIPPED,
     },
+    4: {"tp2 pp2 sp": SP2 | PP2},
 }
 ALL = [name for layouts in LAYOUTS.values() for name in layouts]
 
@@ -134,33 +138,23 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def run_layout(changes: dict[str, Any]) -> dict[str, Any]:
     config = config_of(**changes)
-    plain = make_engine(config)
-    wanted, wanted_states = [], []
-    for number in (0, 1, 2):
-        wanted.append(step(plain, number))
-        wanted_states.append(state(plain))
-    engine = make_engine(config)
-    found, found_states, skipped, kept = [step(engine, 0)], [state(engine)], {}, {}
-    for number in (1, 2):
-        for name, plant in BAD.items():
-            before = state(engine)
-            with plant(engine):
-                skipped[name, number] = step(engine, 10 + number)
-            kept[name, number] = same(before, state(engine))
-        found.append(step(engine, number))
-        found_states.append(state(engine))
+    plain, engine = make_engine(config), make_engine(config)
+    wanted, first = [step(plain, 0)], state(plain)
+    wanted, last = [*wanted, step(plain, 1)], state(plain)
+    found, skipped, kept = [step(engine, 0)], [], {}
+    for name, plant in BAD.items():
+        with plant(engine):
+            skipped.append(step(engine, 5))
+        kept[name] = same(state(engine), first)
+    found.append(step(engine, 1))
     return {
-        "wanted": wanted,
-        "found": found,
-        "same": [same(*pair) for pair in zip(wanted_states, found_states, strict=True)],
-        "moves": not same(wanted_states[0], wanted_states[1]),
-        "steps": optimizer_steps(engine.optimizer),
-        "skipped": skipped,
-        "kept": kept,
-    }
+        "wanted": wanted, "found": found, "skipped": skipped, "kept": kept, "moves": not same(first, last),
+        "same": same(state(engine), last), "steps": optimizer_steps(engine.optimizer),
+    }  # fmt: skip
 
 
 def run_layouts(layouts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it collects garbage for a second
     return {name: run_layout(changes) for name, changes in layouts.items()}
 
 
@@ -180,15 +174,15 @@ def ran() -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("name", ALL)
 def test_a_bad_step_is_skipped_on_every_rank(ran: dict, name: str) -> None:
     for rank in ran[name]:
-        for result in rank["skipped"].values():
-            assert result.skipped and not math.isfinite(result.grad_norm)
-        assert all(rank["kept"].values()), [bad for bad, kept in rank["kept"].items() if not kept]
-        assert rank["moves"] and not any(result.skipped for result in rank["found"])
+        assert all(result.skipped and not math.isfinite(result.grad_norm) for result in rank["skipped"])
+        assert rank["kept"] == dict.fromkeys(BAD, True)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_good_steps_are_what_they_would_have_been(ran: dict, name: str) -> None:
     for rank in ran[name]:
+        assert rank["moves"]
+        assert not any(result.skipped for result in rank["wanted"])
         assert rank["found"] == rank["wanted"]
-        assert rank["same"] == [True] * 3
-        assert rank["steps"] == 3
+        assert rank["same"]
+        assert rank["steps"] == 2
