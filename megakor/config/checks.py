@@ -175,9 +175,12 @@ def check_deepspeed(section: dict[str, Any]) -> None:
     """The pass-through section may not set what megakor sets."""
     for key, ours in OWNED_DEEPSPEED_KEYS.items():
         require(key not in section, f"deepspeed.{key}", section.get(key), f"be left out: megakor sets it from {ours}")
-    stage = section.get("zero_optimization", {}).get("stage")
-    rule = "be left out: megakor sets it from parallel.zero_stage"
-    require(stage is None, "deepspeed.zero_optimization.stage", stage, rule)
+    for key, rule in {
+        "stage": "be left out: megakor sets it from parallel.zero_stage",
+        "compute_grad_norm": "be left out: megakor keeps it on, since steps whose norm is not finite are skipped",
+    }.items():
+        value = section.get("zero_optimization", {}).get(key)
+        require(value is None, f"deepspeed.zero_optimization.{key}", value, rule)
     for key in ("pipe_partitioned", "grad_partitioned"):
         value = section.get("pipeline", {}).get(key)
         rule = "be left out: megakor keeps it off, since it would corrupt sequence-parallel activations"

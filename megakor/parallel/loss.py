@@ -73,14 +73,15 @@ class _Loss(torch.autograd.Function):
             both = torch.stack((sums, chosen))
             dist.all_reduce(both, group=shard.group)
             sums, chosen = both
-        ctx.save_for_backward(logits, columns, absent, weights, maxima, sums)
+        loss = ((maxima - chosen + sums.log()) * weights).sum()
+        ctx.save_for_backward(logits, columns, absent, weights, maxima, sums, loss)
         ctx.shard = shard
-        return ((maxima - chosen + sums.log()) * weights).sum()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, columns, absent, weights, maxima, sums = ctx.saved_tensors
-        weights = weights * gradient
+        logits, columns, absent, weights, maxima, sums, loss = ctx.saved_tensors
+        weights = weights * (gradient + 0.0 * loss)  # where the loss is not finite, nor is any gradient
         factors, own = weights / sums, -weights.masked_fill(absent, 0.0)
         result = torch.empty_like(logits)
         real = ctx.shard.num_real
@@ -97,7 +98,8 @@ def vocabulary_loss(
 ) -> torch.Tensor:
     """`scale` × the sum of the losses of unmasked tokens in nats: an fp32 scalar, the same on every rank of the group.
 
-    Every rank of `shard.group` calls.
+    Every rank of `shard.group` calls. A loss that is not finite has no finite gradients, even where its derivatives
+    are (a label whose logit is -inf), so who looks at the gradients need not look at the loss.
 
     Args:
         logits: [batch, seq, columns of this rank].

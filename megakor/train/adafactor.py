@@ -137,7 +137,8 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of the tensors that `param_groups` holds now; every rank of the process group calls.
+        """One update of the tensors that `param_groups` holds now and that have a gradient; every rank of the process
+        group calls, and all have gradients or none.
 
         DeepSpeed calls once for each flat tensor, with only that one in `param_groups`; and while it sets up, before
         the tensors are attached, when nothing may change.
@@ -145,7 +146,7 @@ class Adafactor(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             for tensor in group["params"]:
-                if id(tensor) in self.updates:
+                if id(tensor) in self.updates and tensor.grad is not None:
                     self.update(group, tensor)
 
     def update(self, group: dict[str, Any], tensor: torch.Tensor) -> None:

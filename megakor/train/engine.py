@@ -8,6 +8,7 @@ by every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ from megakor.parallel.groups import Groups, ModelParallelUnit
 from megakor.train.adafactor import Sharing
 from megakor.train.device import DTYPES, attending, device, loss_chunk, to_device, without_compiler
 from megakor.train.fragments import flats, fragments, is_partitioned, own_range
+from megakor.train.guard import drop_gradients, norm_of_all_groups, see_all_gradients
 from megakor.train.loss_scale import restore_scaler, scaler_state
 from megakor.train.optimizer import (
     Piece,
@@ -52,10 +54,18 @@ READERS = 4
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells: loss in nats per unmasked token of the global batch, and the gradient norm before clipping."""
+    """What a step tells, the same on every rank.
+
+    Attributes:
+        loss: nats per unmasked token of the global batch.
+        grad_norm: the gradient norm before clipping; not a finite number where the step was skipped.
+        skipped: whether the loss or a gradient of any rank was not finite, so that the step changed nothing: neither
+            weights nor optimizer state nor the number of updates.
+    """
 
     loss: float
     grad_norm: float
+    skipped: bool = False
 
 
 class HeldoutWindows(Protocol):
@@ -65,17 +75,6 @@ class HeldoutWindows(Protocol):
     sequence_length: int
 
     def windows(self, start: int, count: int) -> Batch: ...
-
-
-def norm_of_all_groups(zero: DeepSpeedZeroOptimizer, norm_type: int = 2) -> Any:
-    """The gradient norm, summed over the ranks once for all parameter groups; every rank calls.
-
-    DeepSpeed's own sums one group after the other, and waits for ever for a stage that has fewer groups: one without
-    biases and norms, such as the output projection alone.
-    """
-    groups = range(len(zero.bit16_groups))
-    gradients = [gradient for group in groups for gradient in zero.averaged_gradients[group]]
-    return zero.get_grad_norm_direct(gradients, [held for group in groups for held in zero.params_in_partition[group]])
 
 
 class Engine:
@@ -148,6 +147,8 @@ class Engine:
                 self.engine.pipeline_enable_backward_allreduce = False
         if self.pipelined and isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer):
             self.engine.optimizer.scaled_global_norm = partial(norm_of_all_groups, self.engine.optimizer)
+        if self.groups.position("tensor"):
+            see_all_gradients(self.engine.optimizer, [parameter for _, parameter in self.built.named])
         self.group_settings = self._settings()
 
     def _settings(self) -> list[dict[str, int | float]]:
@@ -273,6 +274,9 @@ class Engine:
         The loss is the sum over unmasked tokens over the global batch's count of them. DeepSpeed averages over
         micro-batches and replicas, so each micro-batch is scaled by their number.
 
+        A loss that is not finite makes all its gradients so (see `vocabulary_loss`), and a gradient that is not makes
+        the norm so, which every rank knows before any updates: ZeRO's optimizers then drop the gradients and go on.
+
         Args:
             batches: the micro-batches; their number and the length of their rows may differ from the last step's.
             lr: learning rate.
@@ -295,13 +299,20 @@ class Engine:
                 if self.clips_itself and self.engine.is_gradient_accumulation_boundary():
                     limit = self.clip_grad_norm or float("inf")
                     grad_norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit)
+                    if not torch.isfinite(grad_norm):
+                        self.engine.zero_grad()  # optimizers leave alone what has no gradient
                 self.engine.step()
                 loss += micro_loss.detach()
             dist.all_reduce(loss, group=self.groups.replicas)
             loss /= self.num_micro_batches * self.dims.replicas
         if not self.clips_itself:
             grad_norm = self.engine.get_global_grad_norm()
-        return StepResult(loss=float(loss), grad_norm=float(grad_norm))
+        norm = float(grad_norm)
+        skipped = not 0.0 <= norm < math.inf
+        assert self.clips_itself or self.engine.was_step_applied() is not skipped, f"an update by a norm of {norm}"
+        if skipped:
+            drop_gradients(self.engine.optimizer)
+        return StepResult(float(loss), norm, skipped)
 
     def evaluate(self, heldout: HeldoutWindows) -> float:
         """Negative log-likelihood of a held-out set in nats, summed over its unmasked tokens."""

@@ -109,7 +109,7 @@ def prepare_state(
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Updates done; fewer than the run's steps where fp16 overflowed and steps were skipped."""
+    """Updates made; fewer than the run's steps where some were skipped."""
     if isinstance(optimizer, Adafactor):
         return optimizer.steps
     return int(next(iter(optimizer.state.values()))["step"])

@@ -36,7 +36,12 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": train.clip_grad_norm if config.parallel.zero_stage else 0.0,  # ZeRO-0: by train_step
-        "bf16": {"enabled": train.precision is Precision.bf16, "immediate_grad_update": True},
+        # ZeRO-2 looks for gradients that are not finite in bf16 only when told to; elsewhere the norm tells.
+        "bf16": {
+            "enabled": train.precision is Precision.bf16,
+            "immediate_grad_update": True,
+            "check_grad_overflow": True,
+        },
         "fp16": {"enabled": train.precision is Precision.fp16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,

@@ -144,6 +144,8 @@ BAD: list[tuple[str, list[str], str, str]] = [
       for name, ours in OWNED_DEEPSPEED_KEYS.items()],
     ("pretrain", ["+deepspeed.zero_optimization.stage=2"], "deepspeed.zero_optimization.stage=2",
      "megakor sets it from parallel.zero_stage"),
+    ("pretrain", ["+deepspeed.zero_optimization.compute_grad_norm=false"],
+     "deepspeed.zero_optimization.compute_grad_norm=False", "steps whose norm is not finite are skipped"),
     ("pretrain", ["+deepspeed.pipeline.pipe_partitioned=true"], "deepspeed.pipeline.pipe_partitioned=True",
      "be left out"),
     ("pretrain", ["+deepspeed.pipeline.pipe_partitioned=false"], "deepspeed.pipeline.pipe_partitioned=False",

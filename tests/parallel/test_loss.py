@@ -168,6 +168,23 @@ def test_a_certain_wrong_guess_costs_what_it_says() -> None:
     assert logits.grad.flatten().tolist() == [1.0, -1.0, 0.0]
 
 
+@pytest.mark.parametrize("logit", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(logit: float, label: int) -> None:
+    """Also where its derivatives are: the label's logit -inf, as by an overflow. Another's at -inf is a finite loss."""
+    logits = torch.tensor([[[1.0, 2.0, 3.0], [logit, 0.0, 1.0]]], requires_grad=True)
+    shard = VocabularyShard(0, 3, None, 10)
+    loss = vocabulary_loss(logits, torch.tensor([[2, label]]), torch.ones(1, 2), torch.tensor(1.0), shard)
+    loss.backward()
+    assert logits.grad is not None
+    if logit == -torch.inf and label != 0:
+        assert loss.isfinite()
+        assert logits.grad.isfinite().all()
+    else:
+        assert not loss.isfinite()
+        assert not logits.grad.isfinite().any()
+
+
 class Sizes(TorchDispatchMode):
     """The number of elements and the type of every tensor that an operation makes."""
 
