@@ -32,7 +32,7 @@ class HealthConfig:
     spike_skip: int = key(1, help="with act: steps before the spike whose samples are left out, too", unit="steps")
     roll_back_limit: int = key(5, help="with act: times that a run goes back, at most; later spikes are warned of")
     hang_seconds: float | None = key(
-        3600.0, help="a step that takes longer ends the run, with every rank's stack; null: never", unit="s"
+        1200.0, help="a step that takes longer ends the run, with every rank's stack; null: never", unit="s"
     )
     replica_check_interval: int = key(
         0, help="compare the replicas' weights bit by bit every so many steps; 0: never", unit="steps"

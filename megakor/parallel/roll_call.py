@@ -20,27 +20,25 @@ POLL_SECONDS, LISTEN_SECONDS = 0.05, 0.5
 LINGER_SECONDS = 1.5  # for the others to read the result before the store goes with this process
 
 
-class RollCall:
-    """This rank's part in roll calls; every rank of a group makes one, when the group has started.
+def connect_store() -> dist.TCPStore:
+    """A client of the group's store, for one thread: rank 0's process, or the launcher's agent, keeps it."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
 
-    Rank 0's process, or the launcher's agent, keeps the store at MASTER_ADDR and MASTER_PORT.
-    """
+
+class RollCall:
+    """This rank's part in roll calls; every rank of a group makes one, when the group has started."""
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.gone: list[int] = []
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._answer, args=(self._connect(),), daemon=True, name="roll call")
+        self.thread = threading.Thread(target=self._answer, args=(connect_store(),), daemon=True, name="roll call")
         self.thread.start()
 
     def close(self) -> None:
         """End the thread, before the process ends; every rank calls, when all are done."""
         self.over.set()
         self.thread.join()
-
-    @staticmethod
-    def _connect() -> dist.TCPStore:
-        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
 
     def _answer(self, store: dist.TCPStore) -> None:
         try:
@@ -64,7 +62,7 @@ class RollCall:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not self.gone:
             try:
-                self.gone = self._call(self._connect(), time.monotonic() + seconds)
+                self.gone = self._call(connect_store(), time.monotonic() + seconds)
             except RuntimeError:
                 return self.gone or [0]  # the store went with the process that kept it
         return self.gone

@@ -6,7 +6,7 @@ Pretraining and instruction tuning share it; they differ in the stream and in wh
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,19 +17,23 @@ from megakor.checkpoint.save import Saver, Saving
 from megakor.config.schema import OnSpike
 from megakor.data.stream import PretrainStream
 from megakor.logs import get_logger
-from megakor.model.flops import train_flops_per_token
-from megakor.parallel.together import on_first_rank
+from megakor.parallel.roll_call import connect_store
+from megakor.parallel.together import on_first_rank, raise_together
 from megakor.train.boundary import Boundary
 from megakor.train.device import measure_peak_tflops
+from megakor.train.engine import StepResult
 from megakor.train.exit_record import ExitRecord, remove_exit
 from megakor.train.metrics import read_metrics
-from megakor.train.reporter import Reporter
+from megakor.train.replicas import differing
+from megakor.train.reporter import Pace, Reporter
 from megakor.train.roll_back import roll_back
 from megakor.train.run import plain
 from megakor.train.schedule import learning_rate
 from megakor.train.spikes import Spike, SpikeRule
 from megakor.train.stop import Reason, StopRequest
+from megakor.train.stragglers import ForwardTimes
 from megakor.train.training import Training
+from megakor.train.watchdog import Watchdog
 
 log = get_logger(__name__)
 
@@ -42,16 +46,9 @@ def train(training: Training) -> None:
         return
     peak = config.logging.peak_tflops
     total_peak = peak * dist.get_world_size() if peak else measure_peak_tflops(config.train.precision)
-    keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best)
     first_rank = dist.get_rank() == 0
-    with (
-        Reporter(
-            training, total_peak, train_flops_per_token(training.engine.model, config.train.sequence_length)
-        ) as reporter,
-        closing(Saver(run, training.engine.pieces, keep, config.checkpoint.asynchronous)) as saver,
-        StopRequest(run, looks=first_rank) as request,
-    ):
-        loop = Loop(training, reporter, saver, request)
+    with ExitStack() as stack:
+        loop = Loop(training, Reporter(training, total_peak), stack)
         if first_rank:
             remove_exit(run)
         outcome = "failed", "killed"
@@ -63,8 +60,7 @@ def train(training: Training) -> None:
             raise
         finally:
             if first_rank:
-                record = ExitRecord(*outcome, loop.step, loop.saved, dist.get_world_size())
-                record.write(run)
+                ExitRecord(*outcome, loop.step, loop.saved, dist.get_world_size()).write(run)
 
 
 class Loop:
@@ -75,31 +71,43 @@ class Loop:
         saved: name of the newest checkpoint that was saved.
     """
 
-    def __init__(self, training: Training, reporter: Reporter, saver: Saver, request: StopRequest) -> None:
-        self.training, self.reporter, self.saver, self.request = training, reporter, saver, request
-        self.config, self.engine, self.stream = training.config, training.engine, training.stream
-        self.boundary = Boundary()
+    def __init__(self, training: Training, reporter: Reporter, stack: ExitStack) -> None:
+        config, run, rank = training.config, training.run, dist.get_rank()
+        keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best)
+        self.training, self.reporter = training, stack.enter_context(reporter)
+        saver = Saver(run, training.engine.pieces, keep, config.checkpoint.asynchronous)
+        self.saver = stack.enter_context(closing(saver))
+        self.request = stack.enter_context(StopRequest(run, looks=rank == 0))
+        self.watchdog = None
+        if limit := config.health.hang_seconds:
+            self.watchdog = stack.enter_context(Watchdog(run, limit, connect_store, rank, dist.get_world_size()))
+        self.config, self.engine, self.stream = config, training.engine, training.stream
+        self.boundary, self.forward_times = Boundary(), ForwardTimes(training.engine.built.module)
         self.step = training.first_step
         self.saved: str | None = None
-        health = self.config.health
+        health = config.health
         self.spikes = SpikeRule(health.spike_window, health.spike_threshold, min(32, health.spike_window))
         self.spikes.refill(on_first_rank(lambda: read_metrics(training.run)))
         self.spikes.forget(self.step)
         self.skipped_in_a_row = self.roll_backs = 0
 
     def run(self) -> Reason:
-        """Step by step to the end; what ended it before that."""
+        """Step by step to the end; what ended it before that. ValueError or OSError as below."""
         reason = Reason.none
         while self.step < self.config.train.num_steps and not reason:
-            spike = self.take_step()
-            if spike is not None and self.went_back(spike):
+            result, about = self.take_step()
+            reason, forward_seconds = self.meet()
+            self.reporter.step(self.step, result, about, forward_seconds)
+            if self.went_back(result):
                 continue
+            self.check_replicas()
             validation = self.evaluate() if self.due(self.config.evaluation.interval) else {}
-            reason = self.meet()
             kept = self.due(self.config.checkpoint.interval)
             restart = self.config.checkpoint.restart_interval
             if kept or reason or (restart and self.step % restart == 0):
                 self.save(kept, validation)
+        self.beat("finishing")
+        self.settled(self.saver.settle())
         self.saver.finish()
         if reason:
             log.warning("%s: %s asked to stop; step %d is saved", self.config.name, reason, self.step)
@@ -110,25 +118,34 @@ class Loop:
         """Whether what is done every so many steps, and at the end, is done after this one."""
         return bool(interval) and (self.step % interval == 0 or self.step == self.config.train.num_steps)
 
-    def take_step(self) -> Spike | None:
-        """Batch, forward, backward, clip, update; log. Whether it was a spike.
+    def beat(self, phase: str) -> None:
+        """Tell the watchdog what comes, which may take as long as its limit."""
+        if self.watchdog is not None:
+            self.watchdog.beat(self.step, phase)
 
-        ValueError after too many steps in a row without a finite gradient.
-        """
+    def take_step(self) -> tuple[StepResult, Pace]:
+        """Batch, forward, backward, clip, update."""
+        self.beat("training")
         start, engine, config = time.perf_counter(), self.engine, self.config
         batches = self.stream.micro_batches(self.step, engine.data_rank, engine.dims.data, engine.micro_batch_size)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.num_steps)
         result = engine.train_step(batches, lr, self.step)
         self.step += 1
-        seconds = time.perf_counter() - start
-        self.reporter.step(self.step, seconds, loss=result.loss, lr=lr, grad_norm=result.grad_norm)
+        return result, Pace(lr, time.perf_counter() - start)
+
+    def went_back(self, result: StepResult) -> bool:
+        """Whether the run went back before a spike at this step. All ranks have the same result.
+
+        ValueError after too many steps in a row without a finite gradient.
+        """
         if result.skipped:
             self.count_skipped()
-            return None
+            return False
         self.skipped_in_a_row = 0
-        if config.health.on_spike is OnSpike.off:
-            return None
-        return self.spikes.observe(self.step, result.loss, result.grad_norm)
+        spike = None
+        if self.config.health.on_spike is not OnSpike.off:
+            spike = self.spikes.observe(self.step, result.loss, result.grad_norm)
+        return spike is not None and self.act_on(spike)
 
     def count_skipped(self) -> None:
         """Tell of a step that has changed nothing; the last straw ends the run."""
@@ -141,8 +158,8 @@ class Loop:
                 f"to {self.step} (health.skip_limit={limit}); try a lower optimizer.lr from an earlier checkpoint"
             )
 
-    def went_back(self, spike: Spike) -> bool:
-        """Tell of a spike; whether the run has gone back before it. All ranks saw the same one."""
+    def act_on(self, spike: Spike) -> bool:
+        """Tell of a spike; whether the run has gone back before it."""
         health, stream = self.config.health, self.stream
         self.reporter.spike(spike)
         if health.on_spike is not OnSpike.act:
@@ -151,6 +168,7 @@ class Loop:
             log.warning("health.roll_back_limit=%d is reached: the run goes on after its spike", health.roll_back_limit)
             return False
         assert isinstance(stream, PretrainStream), "the configuration's rules let no other stream act on spikes"
+        self.beat("rolling back")
         self.settled(self.saver.settle())
         found = roll_back(self.training.run, self.engine, stream, spike, health.spike_skip)
         if found is None:
@@ -161,17 +179,42 @@ class Loop:
         self.spikes.forget(self.step)
         return True
 
-    def meet(self) -> Reason:
-        """Hear from all ranks; settle a checkpoint that all have written. Why the run is to stop, if it is."""
-        everyone = self.boundary.meet([self.request.reason, self.saver.state])
-        states = {Saving(int(state)) for _, state in everyone}
-        if Saving.failed in states or states == {Saving.written}:
+    def meet(self) -> tuple[Reason, list[float]]:
+        """Hear from all ranks; settle a checkpoint that all have written.
+
+        Returns:
+            Why the run is to stop, if it is, and the seconds of each rank's forward passes.
+        """
+        everyone = self.boundary.meet([self.request.reason, self.saver.state, self.forward_times.take()])
+        reasons, states, seconds = map(list, zip(*everyone, strict=True))
+        if Saving.failed in states or set(states) == {Saving.written}:
             self.settled(self.saver.settle())
-        return Reason(int(max(reason for reason, _ in everyone)))
+        return Reason(int(max(reasons))), seconds
+
+    def check_replicas(self) -> None:
+        """Compare weights that must be the same, when that is due. OSError on all ranks when some are not.
+
+        Replicas hold the same weights; under ZeRO-1 and 2 those are fresh copies of their owners' after every step.
+        Tensor ranks hold the same norms and biases of row-parallel layers, each with masters of its own.
+        """
+        interval = self.config.health.replica_check_interval
+        if not interval or self.step % interval:
+            return
+        built, groups = self.engine.built, self.engine.groups
+        different = differing(built.named, groups.replicas)
+        whole = [(name, parameter) for name, parameter in built.named if built.held[name].shard.count == 1]
+        if groups.dims.tensor > 1 and whole:
+            different += differing(whole, groups.tensor)
+        error = ValueError("; ".join(map(str, different))) if different else None
+        telling = f"run={self.training.run}: comparing the replicas' weights after step {self.step}"
+        raise_together(
+            error, telling, "a device's memory or arithmetic is at fault; go on without it, from a checkpoint"
+        )
 
     def evaluate(self) -> dict[str, float]:
         """The loss on each held-out set."""
         losses = {}
+        self.beat("evaluating")
         for heldout in self.training.heldout:
             nats = self.engine.evaluate(heldout)
             losses[heldout.name] = nats / heldout.num_tokens
@@ -180,6 +223,7 @@ class Loop:
 
     def save(self, kept: bool, validation: dict[str, float]) -> None:
         """Begin to save a checkpoint; training waits for an earlier one, and for the copy."""
+        self.beat("saving")
         start, engine = time.perf_counter(), self.engine
         self.settled(self.saver.settle())
         manifest = CheckpointManifest(

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
 from megakor.config.schema import ModelConfig
 from megakor.logs import Progress, get_logger, progress
+from megakor.model.flops import train_flops_per_token
 from megakor.model.parameters import num_parameters
+from megakor.train.engine import StepResult
 from megakor.train.metrics import Metrics, Throughput, next_attempt
 from megakor.train.run import plain
 from megakor.train.spikes import Spike
+from megakor.train.stragglers import spread
 from megakor.train.training import Heldout, Training
 
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Of a step: its learning rate, and its wall time in seconds."""
+
+    lr: float
+    seconds: float
+
+
 class Reporter:
     """Rank 0's words about the run: progress, log lines and metric records; silent on other ranks."""
 
-    def __init__(self, training: Training, peak_tflops: float, flops_per_token: float) -> None:
-        self.training, self.peak_tflops, self.flops_per_token = training, peak_tflops, flops_per_token
-        config = training.config
+    def __init__(self, training: Training, peak_tflops: float) -> None:
+        self.training, self.peak_tflops, config = training, peak_tflops, training.config
+        self.flops_per_token = train_flops_per_token(training.engine.model, config.train.sequence_length)
         self.metrics: Metrics | None = None
         if dist.get_rank() == 0:
             attempt = next_attempt(training.run)
@@ -57,20 +69,22 @@ class Reporter:
         if self.metrics is not None:
             self.metrics.__exit__(*exception)
 
-    def step(self, step: int, seconds: float, loss: float, lr: float, grad_norm: float) -> None:
+    def step(self, step: int, result: StepResult, pace: Pace, forward_seconds: Sequence[float]) -> None:
         self.bar.update(1)
         if self.metrics is None or step % self.training.config.logging.interval:
             return
         plan = self.training.stream.plan
-        tokens = plan.num_tokens(step - 1)
-        speed = Throughput(seconds, tokens, self.flops_per_token, self.peak_tflops).record()
+        speed = Throughput(pace.seconds, plan.num_tokens(step - 1), self.flops_per_token, self.peak_tflops).record()
+        of_ranks = spread(forward_seconds) if len(forward_seconds) > 1 else {}
         self.metrics.write(
-            "train", step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=plan.num_tokens_before(step), **speed
-        )
+            "train", step, loss=result.loss, lr=pace.lr, grad_norm=result.grad_norm,
+            tokens=plan.num_tokens_before(step), **speed, **of_ranks, **({"skipped": True} if result.skipped else {}),
+        )  # fmt: skip
         if step % max(1, self.training.config.train.num_steps // 20) == 0 or step == self.training.first_step + 1:
             log.info(
                 "step %d  loss %.4f  lr %.3g  grad norm %.3f  %s tokens/s  %.4f TFLOP/s  MFU %.1f %%",
-                step, loss, lr, grad_norm, f"{speed['tokens_per_second']:,.0f}", speed["tflops"], 100 * speed["mfu"],
+                step, result.loss, pace.lr, result.grad_norm, f"{speed['tokens_per_second']:,.0f}", speed["tflops"],
+                100 * speed["mfu"],
             )  # fmt: skip
 
     def spike(self, spike: Spike) -> None:

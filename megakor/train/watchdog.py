@@ -139,7 +139,7 @@ class Watchdog:
     Args:
         folder: where stacks are written; it is there already.
         seconds: limit between two beats.
-        store: makes a client of the process group's store, for the thread alone: `RollCall._connect`. None: this rank
+        store: makes a client of the process group's store, for the thread alone: `connect_store`. None: this rank
             watches only itself, as in a group of one.
         rank: this rank.
         world_size: ranks that share the store.

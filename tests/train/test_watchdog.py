@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megakor.parallel.roll_call import RollCall
+from megakor.parallel.roll_call import connect_store
 from megakor.train import watchdog
 from megakor.train.watchdog import EXIT_STATUS, LEFT, Stand, Watchdog, describe
 from tests.ranks import _rank, context, free_port
@@ -25,7 +25,7 @@ SECONDS = 2.0
 def watched(folder: Path) -> Watchdog:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     os.dup2(os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY), 2)
-    return Watchdog(folder, SECONDS, RollCall._connect if world_size > 1 else None, rank, world_size)
+    return Watchdog(folder, SECONDS, connect_store if world_size > 1 else None, rank, world_size)
 
 
 def train_step() -> None:
