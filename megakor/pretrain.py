@@ -20,6 +20,7 @@ from megakor.train.device import local_world_size
 from megakor.train.engine import Engine
 from megakor.train.loop import train
 from megakor.train.run import (
+    bring_back,
     check_continues,
     check_same_everywhere,
     locked,
@@ -35,6 +36,7 @@ from megakor.train.values import SeededValues, Values
 def run(config: PretrainConfig) -> None:
     """Train to `train.num_steps`, from the newest whole checkpoint of the run folder or from the seed."""
     with process_group(config) as dims:
+        there = bring_back(config)
         tokenizer = Tokenizer.load(config.data.tokenizer)
         run, size = Path(config.run), config.train
         stream: PretrainStream | DatasetStream
@@ -55,7 +57,7 @@ def run(config: PretrainConfig) -> None:
         model = resolve_vocabulary(config.model, tokenizer.vocab_size)
         with ExitStack() as stack:
             stack.enter_context(locked(run))
-            checkpoint = resume_point(config)
+            checkpoint = resume_point(config, there)
             values: Values = SeededValues(model, size.seed)
             first_step = 0
             with ExitStack() as reading:

@@ -31,6 +31,7 @@ LATEST = "latest"
 FOLDER = "checkpoints"
 PREFIX = "step-"
 ASIDE = ".writing"
+FETCHING = ".fetching"  # aside, too, on the way from object storage
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,15 @@ class CheckpointManifest:
         """
         path = folder / MANIFEST
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_bytes(), path)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing; the folder must be a whole checkpoint") from None
+
+    @classmethod
+    def parse(cls, content: bytes, path: object) -> CheckpointManifest:
+        """A manifest from its file's content; `path` is for errors. ValueError as `load`."""
+        try:
+            raw = json.loads(content.decode())
             if raw["version"] != VERSION:
                 raise ValueError(f"{path}: version={raw['version']} must be {VERSION}")
             if raw.pop("digest") != digest(raw):
@@ -116,8 +125,6 @@ class CheckpointManifest:
             raw["tensors"] = {name: tensor_entry(entry) for name, entry in raw["tensors"].items()}
             typed(raw["step"], int)
             manifest = cls(**raw)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: missing; the folder must be a whole checkpoint") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, WrongShape) as error:
             raise ValueError(f"{path}: damaged ({error}); it must be a checkpoint's manifest") from None
         for name in manifest.files:

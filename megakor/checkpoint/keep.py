@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +37,13 @@ class Keep:
         return [step for step in steps if step not in stay]
 
 
-def prune(run: Path, step: int, keep: Keep) -> list[Path]:
+def prune(run: Path, step: int, keep: Keep, spared: Collection[int] = ()) -> list[Path]:
     """Remove the checkpoints that go when the one of `step` has been saved; returns their folders.
 
     Later ones, which a resume has passed over as damaged, neither count nor go; nor do damaged ones.
+
+    Args:
+        spared: steps of some that must be there a while longer, such as those on their way to object storage.
     """
     whole = {}
     for folder in committed(run):
@@ -50,7 +53,7 @@ def prune(run: Path, step: int, keep: Keep) -> list[Path]:
             except ValueError:
                 continue  # a resume names it
     going = set(keep.goes(list(whole.values()))) if whole else set()
-    gone = [folder for folder, manifest in whole.items() if manifest.step in going]
+    gone = [folder for folder, manifest in whole.items() if manifest.step in going and manifest.step not in spared]
     for folder in gone:
         shutil.rmtree(folder)
     return gone

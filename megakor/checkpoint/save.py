@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megakor.checkpoint.format import (
     ASIDE,
+    FETCHING,
     LATEST,
     MANIFEST,
     PIECES,
@@ -97,14 +98,24 @@ class Saver:
         pieces: what this rank holds, live.
         keep: which checkpoints stay.
         asynchronous: whether training goes on while files are written.
+        spared: steps that must not be removed yet; asked for on rank 0 when a checkpoint has been committed.
     """
 
-    def __init__(self, run: Path, pieces: Sequence[Piece], keep: Keep, asynchronous: bool = True) -> None:
+    def __init__(
+        self,
+        run: Path,
+        pieces: Sequence[Piece],
+        keep: Keep,
+        asynchronous: bool = True,
+        spared: Callable[[], Collection[int]] = frozenset,
+    ) -> None:
         self.run, self.pieces, self.keep, self.asynchronous = run, pieces, keep, asynchronous
+        self.spared = spared
         self._copies: list[Piece] = []
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._started: Started | None = None
         self._pruning: Future[list[Path]] | None = None  # rank 0's
+        self._spared_at: int | None = None  # step whose commit left others that go by the rule
 
     @property
     def state(self) -> Saving:
@@ -161,7 +172,7 @@ class Saver:
                 if files is not None:
                     commit(started.aside, started.folder, started.manifest, [file for file in files if file])
                     self._pruned()
-                    self._pruning = self._writer.submit(prune, self.run, started.manifest.step, self.keep)
+                    self._prune(started.manifest.step)
                     if not self.asynchronous:
                         self._pruned()
             except (OSError, ValueError) as caught:
@@ -179,6 +190,9 @@ class Saver:
         error = None
         try:
             self._pruned()
+            if self._spared_at is not None:
+                self._prune(self._spared_at)
+                self._pruned()
         except OSError as caught:
             error = caught
         raise_together(error, f"removing old checkpoints of {self.run}", "the newest one is whole")
@@ -186,6 +200,12 @@ class Saver:
     def close(self) -> None:
         """Wait for this rank's thread. What is not settled is not committed."""
         self._writer.shutdown(wait=True)
+
+    def _prune(self, step: int) -> None:
+        """Begin to remove what goes by the rule, now that a checkpoint is there; what is spared goes another time."""
+        spared = frozenset(self.spared())
+        self._spared_at = step if spared else None
+        self._pruning = self._writer.submit(prune, self.run, step, self.keep, spared)
 
     def _pruned(self) -> None:
         """Wait until old checkpoints are gone, or raise what kept them."""
@@ -225,8 +245,9 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
 
 def make_empty(aside: Path) -> None:
     """An empty folder to write into; what interrupted saves left is removed."""
-    for leftover in aside.parent.glob(f"*{ASIDE}"):
-        shutil.rmtree(leftover)
+    for suffix in (ASIDE, FETCHING):
+        for leftover in aside.parent.glob(f"*{suffix}"):
+            shutil.rmtree(leftover)
     aside.mkdir(parents=True)
 
 
@@ -245,6 +266,11 @@ def commit(aside: Path, folder: Path, manifest: CheckpointManifest, files: Seque
     manifest.check_sizes(aside)
     with atomic_write(aside / MANIFEST) as stream:
         stream.write(manifest.to_json().encode())
+    put_in_place(aside, folder)
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Commit a checkpoint that is whole: rename its folder, and point `latest` at it."""
     sync(aside)
     if folder.exists():  # the same step, saved by an earlier attempt
         shutil.rmtree(folder)

@@ -161,6 +161,9 @@ def check_survival(config: EngineConfig) -> None:
     every = checkpoint.keep_every
     divides("checkpoint.interval", checkpoint.interval, f"checkpoint.keep_every={every}", every)
     require(checkpoint.resume in ("auto", "never"), "checkpoint.resume", checkpoint.resume, "be auto or never")
+    if checkpoint.upload is not None:
+        rule = f"be a folder or an address other than run={config.run}"
+        require(checkpoint.upload.strip() not in ("", config.run), "checkpoint.upload", checkpoint.upload, rule)
     for name in ("skip_limit", "spike_window", "spike_threshold", "hang_seconds"):
         positive(f"health.{name}", getattr(health, name))
     for name in ("spike_skip", "roll_back_limit", "replica_check_interval"):

@@ -18,6 +18,9 @@ class CheckpointConfig:
         0, help="save also every so many steps, for restarts alone: the next one replaces it; 0: never", unit="steps"
     )
     asynchronous: bool = key(True, help="train on while files are written, from a copy in host memory")
+    upload: str | None = key(
+        None, help="folder or address, such as s3://bucket/run, where kept checkpoints go too, and are resumed from"
+    )
     resume: str = key("auto", help="auto: go on from the newest whole checkpoint; never: refuse a run folder in use")
 
 

@@ -24,13 +24,18 @@ USERINFO = re.compile(r"(?<=://)(?:[^/@:\s]*:\S*|[^/@\s]*)@")
 QUERY = re.compile(r"(://[^?\s]*)\?\S+")
 
 
-def explained(error: Exception, url: str, name: str = "") -> Exception:
-    """One error for the user: address, what is missing, and what the file system said, without secrets."""
+def explained(error: Exception, url: str, name: str = "", writes: bool = False) -> Exception:
+    """One error for the user: address, what is missing, and what the file system said, without secrets.
+
+    Args:
+        writes: whether the request was to change something there.
+    """
     where = without_secrets(url) + (f"/{name}" if name else "")
     protocol = url.split("://", 1)[0]
     said = without_secrets(str(error).replace(url, without_secrets(url)))
     detail = f"{type(error).__name__}: {said}"
     status = status_of(error)
+    verb, done = ("write", "written") if writes else ("read", "read")
     if isinstance(error, ImportError):
         package = EXTRAS.get(protocol, f"it ({said})")
         return ValueError(f"{where}: {protocol}:// needs a package that is not there: install {package}")
@@ -42,8 +47,8 @@ def explained(error: Exception, url: str, name: str = "") -> Exception:
     if isinstance(error, FileNotFoundError) or status == 404:
         return FileNotFoundError(f"{where}: not there ({detail})")
     if isinstance(error, PermissionError) or status == 403:
-        return PermissionError(f"{where}: the credentials in use must be allowed to read it ({detail})")
-    return OSError(f"{where}: cannot be read ({detail})")
+        return PermissionError(f"{where}: the credentials in use must be allowed to {verb} it ({detail})")
+    return OSError(f"{where}: cannot be {done} ({detail})")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -109,7 +109,7 @@ class RemoteFolder:
             ends = [start + CHUNK if start + CHUNK < size else size + 1 for start in starts]
             yield from self._request(name, partial(_ranges, starts, ends, size))
 
-    def _request(self, name: str, function: Callable[[Any, str], T]) -> T:
+    def _request(self, name: str, function: Callable[[Any, str], T], writes: bool = False) -> T:
         """`function(filesystem, path)`, tried again while its failure may pass; one clear error in the end."""
         filesystem, root = self._open()
         path = f"{root.rstrip('/')}/{_inside(name)}" if name else root
@@ -117,7 +117,7 @@ class RemoteFolder:
             return self._retrying(may_pass)(function, filesystem, path)
         except Exception as error:
             # Not chained: the first error's own text may show the secret.
-            raise explained(error, self.url, name) from None
+            raise explained(error, self.url, name, writes) from None
 
     def _open(self) -> tuple[Any, str]:
         import fsspec.core  # costs a tenth of a second; who reads local files by their paths does without

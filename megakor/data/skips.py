@@ -34,11 +34,17 @@ class Skip:
 def read_skips(run: Path) -> list[Skip]:
     """What a run has left out so far. ValueError when its file holds something else."""
     try:
-        return [Skip(**entry) for entry in json.loads((run / FILE).read_text(encoding="utf-8"))]
+        return parse_skips((run / FILE).read_bytes(), run / FILE)
     except FileNotFoundError:
         return []
+
+
+def parse_skips(content: bytes, where: object) -> list[Skip]:
+    """The list in a file's content. ValueError naming `where` when it is something else."""
+    try:
+        return [Skip(**entry) for entry in json.loads(content)]
     except (TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{run / FILE}: must be a run's list of what it has left out: {error}") from None
+        raise ValueError(f"{where}: must be a run's list of what it has left out: {error}") from None
 
 
 def add_skip(run: Path, skip: Skip) -> None:

@@ -19,7 +19,15 @@ from megakor.instruct.template import FILE, chat_template
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine
 from megakor.train.loop import train
-from megakor.train.run import check_continues, check_tokenizer, locked, process_group, resume_point, write_run
+from megakor.train.run import (
+    bring_back,
+    check_continues,
+    check_tokenizer,
+    locked,
+    process_group,
+    resume_point,
+    write_run,
+)
 from megakor.train.training import Training
 
 
@@ -46,8 +54,9 @@ def run(config: InstructConfig) -> None:
         examples = tokenise(held_out, tokenizer, size.sequence_length)
         shape = tokenizer.eod_id, size.sequence_length, config.pairs.packing
         heldout = [HeldoutPairs("pairs", examples, *shape)] if examples else []
+        there = bring_back(config)
         stack.enter_context(locked(Path(config.run)))
-        checkpoint = resume_point(config)
+        checkpoint = resume_point(config, there)
         first_step = 0
         if checkpoint is not None:
             values = stack.enter_context(CheckpointValues(checkpoint))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megakor.checkpoint.format import CheckpointManifest
+from megakor.checkpoint.format import CheckpointManifest, step_folder
 from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.save import Saver, Saving
-from megakor.config.schema import OnSpike
+from megakor.checkpoint.upload import Uploader, Uploading
+from megakor.config.schema import CheckpointConfig, OnSpike
 from megakor.data.stream import PretrainStream
 from megakor.logs import get_logger
 from megakor.parallel.roll_call import connect_store
@@ -43,6 +44,8 @@ def train(training: Training) -> None:
     config, run = training.config, training.run
     if training.first_step >= config.train.num_steps:
         log.info("%s: nothing to do, step %d is reached already", config.name, training.first_step)
+        if config.checkpoint.upload is not None:
+            upload_last(training)
         return
     peak = config.logging.peak_tflops
     total_peak = peak * dist.get_world_size() if peak else measure_peak_tflops(config.train.precision)
@@ -63,6 +66,20 @@ def train(training: Training) -> None:
                 ExitRecord(*outcome, loop.step, loop.saved, dist.get_world_size()).write(run)
 
 
+def keep_rule(config: CheckpointConfig) -> Keep:
+    """Which checkpoints stay, here and in object storage."""
+    return Keep(config.keep_last, config.keep_every, config.keep_best)
+
+
+def upload_last(training: Training) -> None:
+    """Upload the last checkpoint of a run that has ended, unless it is there; every rank calls. OSError on all."""
+    checkpoint, boundary = training.config.checkpoint, Boundary()
+    assert checkpoint.upload is not None
+    with closing(Uploader(training.run, checkpoint.upload, keep_rule(checkpoint))) as uploader:
+        uploader.offer(step_folder(training.run, training.first_step))
+        uploader.finish(lambda state: [int(number) for (number,) in boundary.meet([state])])
+
+
 class Loop:
     """The steps of one start of a run.
 
@@ -73,10 +90,14 @@ class Loop:
 
     def __init__(self, training: Training, reporter: Reporter, stack: ExitStack) -> None:
         config, run, rank = training.config, training.run, dist.get_rank()
-        keep = Keep(config.checkpoint.keep_last, config.checkpoint.keep_every, config.checkpoint.keep_best)
+        keep = keep_rule(config.checkpoint)
         self.training, self.reporter = training, stack.enter_context(reporter)
-        saver = Saver(run, training.engine.pieces, keep, config.checkpoint.asynchronous)
+        self.uploader = None
+        if url := config.checkpoint.upload:
+            self.uploader = stack.enter_context(closing(Uploader(run, url, keep, reporter.upload)))
+        saver = Saver(run, training.engine.pieces, keep, config.checkpoint.asynchronous, self.on_its_way)
         self.saver = stack.enter_context(closing(saver))
+        self.goes_up = False  # the checkpoint that was started last, once it is whole
         self.request = stack.enter_context(StopRequest(run, looks=rank == 0))
         self.watchdog = None
         if limit := config.health.hang_seconds:
@@ -94,6 +115,8 @@ class Loop:
     def run(self) -> Reason:
         """Step by step to the end; what ended it before that. ValueError or OSError as below."""
         reason = Reason.none
+        if self.uploader is not None and self.step:
+            self.uploader.offer(step_folder(self.training.run, self.step))  # one that a crash has kept from going
         while self.step < self.config.train.num_steps and not reason:
             result, about = self.take_step()
             reason, forward_seconds = self.meet()
@@ -105,14 +128,27 @@ class Loop:
             kept = self.due(self.config.checkpoint.interval)
             restart = self.config.checkpoint.restart_interval
             if kept or reason or (restart and self.step % restart == 0):
-                self.save(kept, validation)
+                self.save(kept, validation, last=bool(reason))
         self.beat("finishing")
         self.settled(self.saver.settle())
-        self.saver.finish()
         if reason:
             log.warning("%s: %s asked to stop; step %d is saved", self.config.name, reason, self.step)
             self.request.take_back()
+        try:
+            if self.uploader is not None:
+                self.uploader.finish(self.wait_for_upload)
+        finally:
+            self.saver.finish()
         return reason
+
+    def on_its_way(self) -> set[int]:
+        """Steps of the checkpoints that are being uploaded, or will be next."""
+        return self.uploader.holds if self.uploader is not None else set()
+
+    def wait_for_upload(self, state: Uploading) -> list[int]:
+        """Everyone's states of the upload, at the end of the run."""
+        self.beat("uploading")
+        return [int(number) for (number,) in self.boundary.meet([state])]
 
     def due(self, interval: int) -> bool:
         """Whether what is done every so many steps, and at the end, is done after this one."""
@@ -170,6 +206,8 @@ class Loop:
         assert isinstance(stream, PretrainStream), "the configuration's rules let no other stream act on spikes"
         self.beat("rolling back")
         self.settled(self.saver.settle())
+        if self.uploader is not None:
+            self.uploader.abandon()  # it is of steps that will not have been taken
         found = roll_back(self.training.run, self.engine, stream, spike, health.spike_skip)
         if found is None:
             log.warning("%s: there is no checkpoint before it to go back to", spike)
@@ -180,13 +218,16 @@ class Loop:
         return True
 
     def meet(self) -> tuple[Reason, list[float]]:
-        """Hear from all ranks; settle a checkpoint that all have written.
+        """Hear from all ranks; settle a checkpoint that all have written, and go on with one that all have sent.
 
         Returns:
             Why the run is to stop, if it is, and the seconds of each rank's forward passes.
         """
-        everyone = self.boundary.meet([self.request.reason, self.saver.state, self.forward_times.take()])
-        reasons, states, seconds = map(list, zip(*everyone, strict=True))
+        uploading = self.uploader.state if self.uploader is not None else Uploading.idle
+        everyone = self.boundary.meet([self.request.reason, self.saver.state, uploading, self.forward_times.take()])
+        reasons, states, uploads, seconds = map(list, zip(*everyone, strict=True))
+        if self.uploader is not None:
+            self.uploader.heard([int(state) for state in uploads])
         if Saving.failed in states or set(states) == {Saving.written}:
             self.settled(self.saver.settle())
         return Reason(int(max(reasons))), seconds
@@ -221,8 +262,12 @@ class Loop:
             self.reporter.validation(self.step, heldout, nats)
         return losses
 
-    def save(self, kept: bool, validation: dict[str, float]) -> None:
-        """Begin to save a checkpoint; training waits for an earlier one, and for the copy."""
+    def save(self, kept: bool, validation: dict[str, float], last: bool = False) -> None:
+        """Begin to save a checkpoint; training waits for an earlier one, and for the copy.
+
+        Args:
+            last: whether the run ends with it; it is uploaded then even if it is for a restart alone.
+        """
         self.beat("saving")
         start, engine = time.perf_counter(), self.engine
         self.settled(self.saver.settle())
@@ -237,6 +282,7 @@ class Loop:
             kept=kept,
             validation=validation,
         )
+        self.goes_up = kept or last
         self.settled(self.saver.start(manifest))
         self.reporter.save(self.step, time.perf_counter() - start)
 
@@ -245,3 +291,5 @@ class Loop:
         if folder is not None:
             self.saved = folder.name
             log.info("checkpoint %s is whole", folder.name)
+            if self.uploader is not None and self.goes_up:
+                self.uploader.offer(folder)

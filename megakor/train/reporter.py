@@ -101,6 +101,10 @@ class Reporter:
         self.metrics.write("validation", step, set=heldout.name, loss=loss, bits_per_byte=bits)
         log.info("step %d  %s: loss %.4f, %.4f bits per byte", step, heldout.name, loss, bits)
 
+    def upload(self, step: int, seconds: float, num_bytes: int) -> None:
+        if self.metrics is not None:
+            self.metrics.write("upload", step, seconds=seconds, bytes=num_bytes)
+
     def save(self, step: int, seconds: float) -> None:
         if self.metrics is not None:
             self.metrics.write("save", step, seconds=seconds)

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import torch.distributed as dist
 import yaml
 from filelock import FileLock, Timeout
 
-from megakor.checkpoint.format import CheckpointManifest, committed, step_of
+from megakor.checkpoint.fetch import fetch_checkpoint, look
+from megakor.checkpoint.format import CheckpointManifest, committed, step_folder, step_of
+from megakor.checkpoint.remote import RemoteRun
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerName
 from megakor.files import atomic_write
 from megakor.logs import get_logger
@@ -154,26 +156,66 @@ def locked(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def resume_point(config: EngineConfig) -> Path | None:
+def bring_back(config: EngineConfig) -> list[int]:
+    """Bring the run's small files back from `checkpoint.upload`, where they are missing here.
+
+    Every rank calls, before anything is read from the run folder.
+
+    Returns:
+        Steps of the checkpoints that are there, oldest first.
+
+    Raises:
+        ValueError: `checkpoint.resume=never` with an address that a run has used.
+        OSError, ValueError: it cannot be read, and the run folder holds nothing to go on from.
+    """
+    url, run = config.checkpoint.upload, Path(config.run)
+    if url is None:
+        return []
+    remote = RemoteRun(url)
+
+    def find() -> list[int]:
+        if config.checkpoint.resume != "never":
+            return look(remote, run)
+        if remote.listing().whole:
+            raise ValueError(f"checkpoint.upload={remote} must hold no checkpoints with checkpoint.resume=never")
+        return []
+
+    with locked(run):
+        return on_first_rank(find)
+
+
+def resume_point(config: EngineConfig, there: Sequence[int] = ()) -> Path | None:
     """The checkpoint to go on from, the newest whole one: ranks share the reading, and all get the same answer.
+
+    Args:
+        there: steps of the checkpoints in object storage, as `bring_back` found them. One that is newer than those
+            here, or whole where the one here is not, is fetched into the run folder.
 
     Raises:
         ValueError: `checkpoint.resume=never` in a folder that a run has used, or every checkpoint is damaged.
+        OSError: the one in object storage cannot be fetched.
     """
     run = Path(config.run)
 
-    def look() -> list[Path]:
+    def look_here() -> list[Path]:
         if config.checkpoint.resume == "never" and (run / CONFIG).is_file():
             raise ValueError(f"run={run} must be a new folder with checkpoint.resume=never")
-        return committed(run)[::-1]
+        return committed(run)
 
-    found = on_first_rank(look)
-    for folder in found:
-        damage = shared_check(folder)
-        if damage is None:
-            return folder
-        log.warning("passing over a damaged checkpoint: %s", damage)
-    if found:
+    found = {step_of(folder): folder for folder in on_first_rank(look_here)}
+    for step in sorted({*found, *there}, reverse=True):
+        if step in found:
+            damage = shared_check(found[step])
+            if damage is None:
+                return found[step]
+            log.warning("passing over a damaged checkpoint: %s", damage)
+        if step in there:
+            assert config.checkpoint.upload is not None
+            damage = fetch_checkpoint(RemoteRun(config.checkpoint.upload), run, step)
+            if damage is None:
+                return step_folder(run, step)
+            log.warning("passing over a damaged checkpoint: %s", damage)
+    if found or there:
         raise ValueError(f"run={run} must hold a whole checkpoint: every one that is there is damaged")
     return None
 

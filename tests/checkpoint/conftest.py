@@ -5,6 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
+from tests.data.conftest import bucket, s3_faults
+
+__all__ = ["bucket", "s3_faults"]
+
 
 @pytest.fixture
 def alone() -> Iterator[None]:

@@ -136,6 +136,8 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ("pretrain", ["checkpoint.interval=0"], "checkpoint.interval=0", "be above 0"),
     ("pretrain", ["checkpoint.keep_last=-1"], "checkpoint.keep_last=-1", "be at least 0"),
     ("pretrain", ["checkpoint.resume=always"], "checkpoint.resume=always", "be auto or never"),
+    ("pretrain", ["checkpoint.upload=''"], "checkpoint.upload=", "be a folder or an address other than run="),
+    ("pretrain", ["run=runs/a", "checkpoint.upload=runs/a"], "checkpoint.upload=runs/a", "other than run=runs/a"),
     ("pretrain", ["evaluation.interval=-1"], "evaluation.interval=-1", "be at least 0"),
     ("pretrain", ["logging.interval=0"], "logging.interval=0", "be above 0"),
     ("pretrain", ["logging.peak_tflops=0"], "logging.peak_tflops=0.0", "be above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 import time
@@ -30,7 +31,12 @@ class Faulty:
         self.truncated: dict[str, int] = {}  # name: the next answers that break off in the middle
         self.corrupt: dict[str, int] = {}  # name: the next answers of the same size with other bytes
         self.slow: dict[str, float] = {}  # name: seconds before each 64 KiB
+        self.failing_puts = 0.0  # part of what is sent that ends in 503
+        self.cut: dict[str, int] = {}  # name: the next objects of which half is stored
+        self.stuck: set[str] = set()  # names whose sending hangs
+        self.slow_puts: dict[str, float] = {}  # name: seconds before it is stored
         self.counts: Counter[str] = Counter()
+        self.puts: list[str] = []  # paths
         self.gets: list[tuple[str, str]] = []  # path and range
         self.random = random.Random(0)
 
@@ -42,9 +48,11 @@ class Faulty:
         return False
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        path = environ["PATH_INFO"].encode("latin-1").decode()
+        if environ["REQUEST_METHOD"] in ("PUT", "POST"):
+            return self.store(path, environ, start_response)
         if environ["REQUEST_METHOD"] != "GET":
             return self.app(environ, start_response)
-        path = environ["PATH_INFO"].encode("latin-1").decode()
         with self.lock:
             self.gets.append((path, environ.get("HTTP_RANGE", "")))
             fails = self.random.random() < self.failing
@@ -63,6 +71,25 @@ class Faulty:
         if corrupt:
             body = bytes([body[0] ^ 1]) + body[1:]
         return self.send(body[: len(body) // 2] if truncated else body, delay)
+
+    def store(self, path: str, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        with self.lock:
+            self.puts.append(path)
+            fails = self.random.random() < self.failing_puts
+            cut = not fails and self.take(self.cut, path)
+            delay = next((seconds for name, seconds in self.slow_puts.items() if path.endswith(name)), 0.0)
+            for fault, fired in (("503", fails), ("cut", cut), ("slow", delay)):
+                self.counts[fault] += bool(fired)
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if fails:
+            start_response("503 Service Unavailable", [("Content-Length", "0")])
+            return []
+        time.sleep(delay)
+        if any(path.endswith(name) for name in self.stuck):
+            self.go.wait(60)
+        if cut:
+            body = body[: len(body) // 2]
+        return self.app({**environ, "wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}, start_response)
 
     def send(self, body: bytes, delay: float) -> Iterator[bytes]:
         for start in range(0, len(body), 1 << 16):
