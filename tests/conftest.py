@@ -1,10 +1,32 @@
-"""Two workers share two cores (`make test`), so each computes on one."""
+"""Two workers share two cores (`make test`), so each computes on one; and one S3 server for the tests of a process."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
+
+from tests.data.conftest import KEYS, Bucket
+from tests.data.faulty import Faulty, s3_server
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3_faults() -> Iterator[Faulty]:
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+    with pytest.MonkeyPatch.context() as patch, s3_server() as (address, faults):
+        for key, value in {**KEYS, "AWS_ENDPOINT_URL": address}.items():
+            patch.setenv(key, value)
+        yield faults
+
+
+@pytest.fixture
+def bucket(s3_faults: Faulty) -> Iterator[Bucket]:
+    s3_faults.reset()
+    yield Bucket(s3_faults)
+    s3_faults.reset()

@@ -5,10 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from tests.data.conftest import bucket, s3_faults
-
-__all__ = ["bucket", "s3_faults"]
-
 
 @pytest.fixture
 def alone() -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 
 from megakor.data.indexed import FileRecord
 from megakor.data.remote import RemoteFolder
-from tests.data.faulty import Faulty, s3_server
+from tests.data.faulty import Faulty
 from tests.data.tokens import write_shards
 
 EOD = 60_000 - 1
@@ -78,23 +78,6 @@ class Bucket:
 
     def downloads(self, name: str) -> int:
         return sum(path.endswith(f"/{name}") for path, _ in self.faults.gets)
-
-
-@pytest.fixture(scope="session")
-def s3_faults() -> Iterator[Faulty]:
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto")
-    with pytest.MonkeyPatch.context() as patch, s3_server() as (address, faults):
-        for key, value in {**KEYS, "AWS_ENDPOINT_URL": address}.items():
-            patch.setenv(key, value)
-        yield faults
-
-
-@pytest.fixture
-def bucket(s3_faults: Faulty) -> Iterator[Bucket]:
-    s3_faults.reset()
-    yield Bucket(s3_faults)
-    s3_faults.reset()
 
 
 @pytest.fixture
