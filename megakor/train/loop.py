@@ -15,7 +15,7 @@ from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.save import Saver, Saving
 from megakor.config.schema import OnSpike
-from megakor.data.stream import PretrainStream
+from megakor.data.stream import PretrainStream, digest_of
 from megakor.logs import get_logger
 from megakor.parallel.roll_call import connect_store
 from megakor.parallel.together import on_first_rank, raise_together
@@ -25,7 +25,7 @@ from megakor.train.engine import StepResult
 from megakor.train.exit_record import ExitRecord, remove_exit
 from megakor.train.metrics import read_metrics
 from megakor.train.replicas import differing
-from megakor.train.reporter import Pace, Reporter
+from megakor.train.reporter import Heard, Pace, Reporter
 from megakor.train.roll_back import roll_back
 from megakor.train.run import plain
 from megakor.train.schedule import learning_rate
@@ -83,6 +83,8 @@ class Loop:
             self.watchdog = stack.enter_context(Watchdog(run, limit, connect_store, rank, dist.get_world_size()))
         self.config, self.engine, self.stream = config, training.engine, training.stream
         self.boundary, self.forward_times = Boundary(), ForwardTimes(training.engine.built.module)
+        positions = (training.engine.groups.position(axis) for axis in ("tensor", "pipeline", "context"))
+        self.speaks_for_rows = not any(positions)  # of those that have the same rows
         self.step = training.first_step
         self.saved: str | None = None
         health = config.health
@@ -95,9 +97,10 @@ class Loop:
         """Step by step to the end; what ended it before that. ValueError or OSError as below."""
         reason = Reason.none
         while self.step < self.config.train.num_steps and not reason:
-            result, about = self.take_step()
-            reason, forward_seconds = self.meet()
-            self.reporter.step(self.step, result, about, forward_seconds)
+            result, pace, digest = self.take_step()
+            heard = self.meet(digest)
+            reason = heard.reason
+            self.reporter.step(self.step, result, pace, heard)
             if self.went_back(result):
                 continue
             self.check_replicas()
@@ -123,15 +126,15 @@ class Loop:
         if self.watchdog is not None:
             self.watchdog.beat(self.step, phase)
 
-    def take_step(self) -> tuple[StepResult, Pace]:
-        """Batch, forward, backward, clip, update."""
+    def take_step(self) -> tuple[StepResult, Pace, int]:
+        """Batch, forward, backward, clip, update; with the digest of this rank's rows."""
         self.beat("training")
         start, engine, config = time.perf_counter(), self.engine, self.config
         batches = self.stream.micro_batches(self.step, engine.data_rank, engine.dims.data, engine.micro_batch_size)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.num_steps)
         result = engine.train_step(batches, lr, self.step)
         self.step += 1
-        return result, Pace(lr, time.perf_counter() - start)
+        return result, Pace(lr, time.perf_counter() - start), digest_of(batches) if self.speaks_for_rows else 0
 
     def went_back(self, result: StepResult) -> bool:
         """Whether the run went back before a spike at this step. All ranks have the same result.
@@ -179,17 +182,13 @@ class Loop:
         self.spikes.forget(self.step)
         return True
 
-    def meet(self) -> tuple[Reason, list[float]]:
-        """Hear from all ranks; settle a checkpoint that all have written.
-
-        Returns:
-            Why the run is to stop, if it is, and the seconds of each rank's forward passes.
-        """
-        everyone = self.boundary.meet([self.request.reason, self.saver.state, self.forward_times.take()])
-        reasons, states, seconds = map(list, zip(*everyone, strict=True))
+    def meet(self, digest: int) -> Heard:
+        """Hear from all ranks; settle a checkpoint that all have written."""
+        own = [self.request.reason, self.saver.state, self.forward_times.take(), digest]
+        reasons, states, seconds, digests = map(list, zip(*self.boundary.meet(own), strict=True))
         if Saving.failed in states or set(states) == {Saving.written}:
             self.settled(self.saver.settle())
-        return Reason(int(max(reasons))), seconds
+        return Heard(Reason(int(max(reasons))), seconds, int(sum(digests)))
 
     def check_replicas(self) -> None:
         """Compare weights that must be the same, when that is due. OSError on all ranks when some are not.
