@@ -153,7 +153,7 @@ def check_engine(config: EngineConfig) -> None:
 
 
 def check_survival(config: EngineConfig) -> None:
-    """The rules of checkpoints and of steps that go wrong."""
+    """The rules of checkpoints, of steps that go wrong, and of starting again."""
     checkpoint, health = config.checkpoint, config.health
     positive("checkpoint.interval", checkpoint.interval)
     for name in ("keep_last", "keep_every", "restart_interval"):
@@ -163,6 +163,9 @@ def check_survival(config: EngineConfig) -> None:
     require(checkpoint.resume in ("auto", "never"), "checkpoint.resume", checkpoint.resume, "be auto or never")
     for name in ("skip_limit", "spike_window", "spike_threshold", "hang_seconds"):
         positive(f"health.{name}", getattr(health, name))
+    positive("launch.num_ranks", config.launch.num_ranks)
+    positive("launch.restarts", config.launch.restarts, allow_zero=True)
+    positive("launch.pause_seconds", config.launch.pause_seconds, allow_zero=True)
     for name in ("spike_skip", "roll_back_limit", "replica_check_interval"):
         positive(f"health.{name}", getattr(health, name), allow_zero=True)
     rule = "be 0 with parallel.zero_stage=3, which leaves no replicas to compare"

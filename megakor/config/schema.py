@@ -22,7 +22,7 @@ from megakor.config.choices import (
 )
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
-from megakor.config.survival_schema import CheckpointConfig, HealthConfig
+from megakor.config.survival_schema import CheckpointConfig, HealthConfig, LaunchConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
     DemoConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "GenerateConfig",
     "HealthConfig",
     "InstructConfig",
+    "LaunchConfig",
     "LoggingConfig",
     "ModelConfig",
     "OnError",
@@ -191,6 +192,7 @@ class EngineConfig:
     health: HealthConfig = section(HealthConfig, help="what is done about steps that go wrong")
     evaluation: EvaluationConfig = section(EvaluationConfig, help="validation loss and bits per byte")
     logging: LoggingConfig = section(LoggingConfig, help="terminal, metrics.jsonl, Weights & Biases")
+    launch: LaunchConfig = section(LaunchConfig, help="how megakor launch starts the run")
     deepspeed: dict[str, Any] = key({}, help="passed to DeepSpeed as it is; keys that megakor owns are refused")
 
 

@@ -91,9 +91,10 @@ class Reporter:
         plan = self.training.stream.plan
         speed = Throughput(pace.seconds, plan.num_tokens(step - 1), self.flops_per_token, self.peak_tflops).record()
         of_ranks = spread(heard.forward_seconds) if len(heard.forward_seconds) > 1 else {}
+        told = {"skipped": True} if result.skipped else {}
         self.metrics.write(
             "train", step, loss=result.loss, lr=pace.lr, grad_norm=result.grad_norm,
-            tokens=plan.num_tokens_before(step), batch_digest=f"{heard.batch_digest:x}", **speed, **of_ranks, **({"skipped": True} if result.skipped else {}),
+            tokens=plan.num_tokens_before(step), batch_digest=f"{heard.batch_digest:x}", **speed, **of_ranks, **told,
         )  # fmt: skip
         if step % max(1, self.training.config.train.num_steps // 20) == 0 or step == self.training.first_step + 1:
             log.info(
