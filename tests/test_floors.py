@@ -17,7 +17,19 @@ FLOORS = {
     1: {"model", "data", "tokenizer", "corpus"},
     2: {"parallel"},
     3: {"train", "checkpoint"},
-    4: {"instruct", "evaluate", "generate", "interop", "plan", "launch", "report", "simulate", "trace", "demo"},
+    4: {
+        "instruct",
+        "evaluate",
+        "generate",
+        "interop",
+        "plan",
+        "launch",
+        "report",
+        "simulate",
+        "trace",
+        "demo",
+        "drill",
+    },
     5: {"cli"},  # and every main, which `floor_of` tells by its name
 }
 STRANGERS = {("model", "data"), ("data", "model")}

@@ -13,6 +13,7 @@ from megakor.config.schema import (
     CorpusConfig,
     DataConfig,
     DemoConfig,
+    DrillConfig,
     EngineConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -33,6 +34,7 @@ from megakor.config.schema import (
 from megakor.config.verb_checks import (
     check_corpus,
     check_demo,
+    check_drill,
     check_evaluate,
     check_generate,
     check_shard,
@@ -282,6 +284,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     GenerateConfig: check_generate,
     TraceConfig: check_trace,
     DemoConfig: check_demo,
+    DrillConfig: check_drill,
 }
 
 

@@ -26,6 +26,7 @@ from megakor.config.survival_schema import CheckpointConfig, HealthConfig, Launc
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
     DemoConfig,
+    DrillConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "CorpusConfig",
     "DataConfig",
     "DemoConfig",
+    "DrillConfig",
     "EngineConfig",
     "EvaluateConfig",
     "EvaluationConfig",

@@ -69,6 +69,21 @@ class ReportConfig:
 
 
 @dataclass
+class DrillConfig:
+    """Disturb a short training again and again: killed ranks, damaged files, full disks, other layouts."""
+
+    run: str = key("runs/drill", help="folder of the drill; one that is there is replaced")
+    faults: int = key(5, help="times that the run is disturbed")
+    seed: int = key(1234, help="of the choice of faults")
+    num_ranks: int = key(2, help="processes; an even number", unit="ranks")
+    layouts: bool = key(True, help="go on in other layouts, too; false: all losses must be equal to the last bit")
+    patience_seconds: float = key(120.0, help="a start that takes longer has hung", unit="s")
+    data: str | None = key(None, help="folder of training shards; null: made of the sample")
+    tokenizer: str | None = key(None, help="folder of the tokenizer that made them")
+    training: list[str] = key([], help="further overrides of the training, such as checkpoint.asynchronous=false")
+
+
+@dataclass
 class DemoConfig:
     """The whole arc on two processes: text in; a trained, resumed, exported, instruction-tuned model out."""
 

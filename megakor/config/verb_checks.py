@@ -8,6 +8,7 @@ from megakor.config.rules import positive, require, share
 from megakor.config.schema import (
     CorpusConfig,
     DemoConfig,
+    DrillConfig,
     EvaluateConfig,
     GenerateConfig,
     ShardConfig,
@@ -66,5 +67,15 @@ def check_demo(config: DemoConfig) -> None:
     require(size in (1, 2), "pipeline_parallel_size", size, "be 1 or 2: the demo runs two processes")
     for name in ("max_bytes", "vocab_size", "num_steps", "instruct_steps"):
         positive(name, getattr(config, name))
+    run = Path(config.run).resolve()
+    require(run not in (Path.cwd(), *Path.cwd().parents), "run", config.run, "be a folder of its own")
+
+
+def check_drill(config: DrillConfig) -> None:
+    positive("faults", config.faults)
+    positive("patience_seconds", config.patience_seconds)
+    even = config.num_ranks > 0 and config.num_ranks % 2 == 0
+    require(even, "num_ranks", config.num_ranks, "be an even number: layouts of two ranks are tried")
+    require((config.data is None) == (config.tokenizer is None), "data", config.data, "come with tokenizer, or neither")
     run = Path(config.run).resolve()
     require(run not in (Path.cwd(), *Path.cwd().parents), "run", config.run, "be a folder of its own")

@@ -44,6 +44,7 @@ VERBS = {
         Verb("evaluate", schema.EvaluateConfig, "bits per byte on held-out text, beside simple models"),
         Verb("generate", schema.GenerateConfig, "continue a prompt or answer a question"),
         Verb("report", schema.ReportConfig, "one self-contained HTML page about a run"),
+        Verb("drill", schema.DrillConfig, "disturb a short training again and again, and see what is lost"),
         Verb("demo", schema.DemoConfig, "the whole arc on two processes"),
     )
 }
