@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megakor.checkpoint.format import committed, step_of
+from megakor.checkpoint.format import CheckpointManifest, committed, step_folder, step_of
 from megakor.checkpoint.reader import newest_whole
 from megakor.config.schema import DrillConfig
 from megakor.drill.faults import FAULTS, POLL_SECONDS, Damage, Scene, end
@@ -179,6 +179,7 @@ class Drill:
         before = self.committed_steps()
         damage: Damage = fault(Scene(self.run, launcher, self.dice))
         self.await_end(launcher, f"the run after {damage.words}")
+        self.damaged = {step for step in self.damaged if not self.is_whole(step)}  # others were saved anew
         if damage.damaged is not None:
             self.damaged.add(damage.damaged)
         self.judge(starts, expected, before)
@@ -210,6 +211,14 @@ class Drill:
         """Step of the newest whole checkpoint, every byte of which is looked at; 0: none."""
         folder = newest_whole(self.run, contents=True)
         return step_of(folder) if folder is not None else 0
+
+    def is_whole(self, step: int) -> bool:
+        folder = step_folder(self.run, step)
+        try:
+            CheckpointManifest.load(folder).check_contents(folder)
+        except ValueError:
+            return False
+        return True
 
     def undisturbed_end(self) -> None:
         """Let the disturbed run finish."""
