@@ -25,9 +25,13 @@ from megakor.config.fields import key, section
 from megakor.config.survival_schema import CheckpointConfig, HealthConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
+    CheckpointListConfig,
+    CheckpointPruneConfig,
+    CheckpointVerifyConfig,
     DemoConfig,
     EvaluateConfig,
     ExportConfig,
+    ExportUniversalConfig,
     GenerateConfig,
     ReportConfig,
     TraceConfig,
@@ -36,6 +40,9 @@ from megakor.config.use_schema import (
 __all__ = [
     "ActivationCheckpointing",
     "CheckpointConfig",
+    "CheckpointListConfig",
+    "CheckpointPruneConfig",
+    "CheckpointVerifyConfig",
     "CorpusConfig",
     "DataConfig",
     "DemoConfig",
@@ -43,6 +50,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "ExportUniversalConfig",
     "GenerateConfig",
     "HealthConfig",
     "InstructConfig",
