@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, TensorEntry, committed, step_of
+from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, TensorEntry, committed, load_whole
 from megakor.checkpoint.tensors import OpenFiles, allow_open_files
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
@@ -161,10 +161,7 @@ def newest_whole(run: Path, contents: bool) -> Path | None:
     """
     for folder in reversed(committed(run)):
         try:
-            manifest = CheckpointManifest.load(folder)
-            if manifest.step != step_of(folder):
-                raise ValueError(f"{folder}: step={manifest.step} in its manifest must be that of its name")
-            manifest.check_contents(folder) if contents else manifest.check_sizes(folder)
+            load_whole(folder, contents)
             return folder
         except ValueError as error:
             log.warning("passing over a damaged checkpoint: %s", error)

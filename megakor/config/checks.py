@@ -10,6 +10,9 @@ from typing import Any
 
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
+    CheckpointListConfig,
+    CheckpointPruneConfig,
+    CheckpointVerifyConfig,
     CorpusConfig,
     DataConfig,
     DemoConfig,
@@ -32,6 +35,9 @@ from megakor.config.schema import (
     TrainTokenizerConfig,
 )
 from megakor.config.verb_checks import (
+    check_checkpoint_list,
+    check_checkpoint_prune,
+    check_checkpoint_verify,
     check_corpus,
     check_demo,
     check_drill,
@@ -283,6 +289,9 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
     TraceConfig: check_trace,
+    CheckpointListConfig: check_checkpoint_list,
+    CheckpointVerifyConfig: check_checkpoint_verify,
+    CheckpointPruneConfig: check_checkpoint_prune,
     DemoConfig: check_demo,
     DrillConfig: check_drill,
 }

@@ -25,10 +25,14 @@ from megakor.config.fields import key, section
 from megakor.config.survival_schema import CheckpointConfig, HealthConfig, LaunchConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
+    CheckpointListConfig,
+    CheckpointPruneConfig,
+    CheckpointVerifyConfig,
     DemoConfig,
     DrillConfig,
     EvaluateConfig,
     ExportConfig,
+    ExportUniversalConfig,
     GenerateConfig,
     ReportConfig,
     TraceConfig,
@@ -37,6 +41,9 @@ from megakor.config.use_schema import (
 __all__ = [
     "ActivationCheckpointing",
     "CheckpointConfig",
+    "CheckpointListConfig",
+    "CheckpointPruneConfig",
+    "CheckpointVerifyConfig",
     "CorpusConfig",
     "DataConfig",
     "DemoConfig",
@@ -45,6 +52,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "ExportUniversalConfig",
     "GenerateConfig",
     "HealthConfig",
     "InstructConfig",

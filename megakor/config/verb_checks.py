@@ -6,6 +6,9 @@ from pathlib import Path
 
 from megakor.config.rules import positive, require, share
 from megakor.config.schema import (
+    CheckpointListConfig,
+    CheckpointPruneConfig,
+    CheckpointVerifyConfig,
     CorpusConfig,
     DemoConfig,
     DrillConfig,
@@ -60,6 +63,22 @@ def check_trace(config: TraceConfig) -> None:
     positive("num_spikes", config.num_spikes)
     positive("around", config.around, allow_zero=True)
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
+def check_checkpoint_list(config: CheckpointListConfig) -> None:
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
+def check_checkpoint_verify(config: CheckpointVerifyConfig) -> None:
+    positive("num_threads", config.num_threads)
+
+
+def check_checkpoint_prune(config: CheckpointPruneConfig) -> None:
+    positive("keep_last", config.keep_last, allow_zero=True)
+    positive("keep_every", config.keep_every, allow_zero=True)
+    for name in ("keep_every", "keep_best"):
+        value = getattr(config, name)
+        require(not value or config.keep_last > 0, name, value, "come with keep_last above 0; with 0 all stay")
 
 
 def check_demo(config: DemoConfig) -> None:
