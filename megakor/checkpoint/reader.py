@@ -17,8 +17,8 @@ from megakor.model.parameters import EMBEDDING, HEAD, WHOLE, Shard, parameter_sp
 log = get_logger(__name__)
 
 CHUNK = 1 << 20
-"""Elements that are read at a time: where they do not go to their place at once, 4 MiB of host memory, and as much again
-where shards are cut otherwise. The second copy then finds them in the processor's cache."""
+"""Elements that are read at a time: where they do not go to their place at once, 4 MiB of host memory, and as much
+again where shards are cut otherwise. The second copy then finds them in the processor's cache."""
 
 VOCABULARY = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 """Parameters with a row for each token."""

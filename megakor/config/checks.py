@@ -176,6 +176,8 @@ def check_survival(config: EngineConfig) -> None:
     positive("launch.pause_seconds", config.launch.pause_seconds, allow_zero=True)
     for name in ("spike_skip", "roll_back_limit", "replica_check_interval"):
         positive(f"health.{name}", getattr(health, name), allow_zero=True)
+    rule = "be below 1800: the process group gives a silent rank up then, and does not say which"
+    require(health.hang_seconds is None or health.hang_seconds < 1800, "health.hang_seconds", health.hang_seconds, rule)
     rule = "be 0 with parallel.zero_stage=3, which leaves no replicas to compare"
     partitioned = config.parallel.zero_stage == 3
     require(not (partitioned and health.replica_check_interval), "health.replica_check_interval",

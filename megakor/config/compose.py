@@ -303,6 +303,7 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
         for config in composed:
             for key, value in sorted_.beyond_hydra.items():
                 OmegaConf.update(config, key, value, force_add=True)
+        sys.argv = [verb.module, *arguments]  # `launch` hands them on
         gc.freeze()  # what was imported stays to the end: the collector need not walk it, in steps or at exit
         for config in [to_object(config, verb.schema) for config in composed]:
             run(config)

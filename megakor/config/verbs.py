@@ -31,11 +31,12 @@ class Verb:
     def groups(self) -> tuple[str, ...]:
         """Config groups that the verb composes."""
         run = ("experiment", "model")
-        return {"pretrain": run, "simulate": run, "instruct": ("experiment",)}.get(self.name, ())
+        pretraining, tuning = ("pretrain", "simulate", "launch pretrain"), ("instruct", "launch instruct")
+        return run if self.name in pretraining else ("experiment",) if self.name in tuning else ()
 
     def owns_experiment(self, experiment: str) -> bool:
         """Whether a named run belongs to this verb: those of `instruct` begin with its name."""
-        return experiment.startswith("instruct_") == (self.name == "instruct")
+        return experiment.startswith("instruct_") == self.name.endswith("instruct")
 
 
 VERBS = {
@@ -45,6 +46,8 @@ VERBS = {
         Verb("train-tokenizer", schema.TrainTokenizerConfig, "train a SentencePiece tokenizer"),
         Verb("shard", schema.ShardConfig, "tokenise text into Megatron .bin/.idx shards"),
         Verb("pretrain", schema.PretrainConfig, "train a model from scratch with DeepSpeed"),
+        Verb("launch pretrain", schema.PretrainConfig, "pretrain under the launcher, and start again after a failure"),
+        Verb("launch instruct", schema.InstructConfig, "the same for instruct"),
         Verb("simulate", schema.SimulateConfig, "parameters, communication and memory of a layout, on fake tensors"),
         Verb("trace", schema.TraceConfig, "which documents made a step, and which steps saw a document"),
         Verb("instruct", schema.InstructConfig, "go on from a checkpoint with instruction pairs"),

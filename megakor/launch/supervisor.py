@@ -102,7 +102,7 @@ class Supervisor:
             before = failure
             if attempt < self.settings.restarts:
                 seconds = min(LONGEST_PAUSE, self.settings.pause_seconds * 2**attempt) * random.uniform(0.5, 1)
-                log.info("starting again in %.0f s; %d restarts are left", seconds, self.settings.restarts - attempt)
+                log.info("restart %d of %d in %.0f s", attempt + 1, self.settings.restarts, seconds)
                 self.pause(seconds)
         assert before is not None
         raise GivenUp(

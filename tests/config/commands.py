@@ -37,6 +37,9 @@ NEEDED = {
     "evaluate": ["run=r", "heldout=h"],
     "generate": ["run=r", "prompt=p"],
     "report": ["run=r"],
+    "drill": [],
+    "launch pretrain": PRETRAIN,
+    "launch instruct": INSTRUCT,
     "demo": [],
 }
 """The shortest command line of each verb."""
