@@ -10,14 +10,15 @@ BENCH ?= train_step
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test matrix lint format bench docs clean requirements
+.PHONY: help demo test matrix drill lint format bench docs clean requirements
 
 help:
 	@echo "make demo    the whole arc on two CPU cores: text in; a trained, resumed, exported, tuned model out"
 	@echo "             CORPUS='path/*.jsonl.gz' uses your text; ARGS='num_steps=200' changes the demo's keys"
 	@echo "make test    the tests          make lint    ruff and mypy"
-	@echo "make bench   the training benchmark; BENCH=parallel, memory, loader or shuffle another"
+	@echo "make bench   the training benchmark; BENCH=parallel, memory, loader, shuffle or checkpoint another"
 	@echo "make docs    the documentation, into site/"
+	@echo "make drill   a short training disturbed fifty times: killed ranks, damaged files, full disks, other layouts"
 	@echo "make matrix  every layout against one process, into docs/layouts.md (about an hour on two CPU cores)"
 
 requirements:
@@ -52,6 +53,9 @@ test: $(VENV)/.installed-test
 
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -m tests.distributed.matrix
+
+drill: $(VENV)/.installed
+	$(BIN)/python -m megakor drill faults=50 $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -44,10 +44,16 @@ def share(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+def sha256_of(path: Path, tell: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Args:
+        tell: called with the number of bytes of every block that has been read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
+            if tell is not None:
+                tell(len(block))
     return digest.hexdigest()

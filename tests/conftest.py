@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.data.conftest import KEYS, Bucket
 from tests.data.faulty import Faulty, s3_server
@@ -30,3 +31,11 @@ def bucket(s3_faults: Faulty) -> Iterator[Bucket]:
     s3_faults.reset()
     yield Bucket(s3_faults)
     s3_faults.reset()
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

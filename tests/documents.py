@@ -10,7 +10,7 @@ from typing import Any
 
 from deepspeed.launcher.runner import parse_args
 
-from megakor.config.verbs import VERBS
+from megakor.config.verbs import VERBS, find_verb
 from tests.config.commands import ROOT, composed
 
 FENCE = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -85,7 +85,8 @@ def checked(command: str) -> Any:
         assert verb in ("pretrain", "instruct"), command
     else:
         assert words[0] == "megakor", f"{command}: an unknown command"
-        verb, arguments = words[1], words[2:]
+        found, arguments = find_verb(words[1:])
+        verb = found.name
     assert verb in VERBS, command
     if set(PRINTING) & set(arguments):
         return None

@@ -17,7 +17,19 @@ FLOORS = {
     1: {"model", "data", "tokenizer", "corpus"},
     2: {"parallel"},
     3: {"train", "checkpoint"},
-    4: {"instruct", "evaluate", "generate", "interop", "plan", "launch", "report", "simulate", "trace", "demo"},
+    4: {
+        "instruct",
+        "evaluate",
+        "generate",
+        "interop",
+        "plan",
+        "launch",
+        "report",
+        "simulate",
+        "trace",
+        "demo",
+        "drill",
+    },
     5: {"cli"},  # and every main, which `floor_of` tells by its name
 }
 STRANGERS = {("model", "data"), ("data", "model")}
@@ -225,7 +237,8 @@ def test_files_can_be_read_in_a_sitting() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["demo.__main__", "evaluate.__main__", "export", "generate.__main__", "simulate.__main__"]
+    "module",
+    ["checkpoint.__main__", "demo.__main__", "evaluate.__main__", "export", "generate.__main__", "simulate.__main__"],
 )
 def test_verbs_that_answer_on_standard_output_start_without_deepspeed(module: str) -> None:
     """DeepSpeed logs to standard output from its import on."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,32 +133,42 @@ class CheckpointManifest:
                 raise ValueError(f"{path}: file name {name!r} must not leave the folder")
         return manifest
 
-    def check_sizes(self, folder: Path) -> PieceIndex:
-        """Where the pieces are.
-
-        ValueError on a missing, truncated or foreign file, or on a tensor whose pieces do not cover it.
-        """
+    def wrong_sizes(self, folder: Path) -> Iterator[str]:
+        """What is wrong with the folder's files, a sentence each: missing, of another size, or foreign."""
         for name, entry in self.files.items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != entry.size:
                 found = "missing" if size is None else f"{size} bytes"
-                raise ValueError(f"{path}: {found}; must be {entry.size} bytes")
+                yield f"{path}: {found}; must be {entry.size} bytes"
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # NFS keeps hidden ones
-        if foreign := sorted(names - self.files.keys() - {MANIFEST}):
-            raise ValueError(f"{folder / foreign[0]}: must not be there; the manifest does not name it")
-        content = (folder / PIECES).read_bytes() if PIECES in self.files else b""
+        for foreign in sorted(names - self.files.keys() - {MANIFEST}):
+            yield f"{folder / foreign}: must not be there; the manifest does not name it"
+
+    def pieces(self, folder: Path) -> PieceIndex:
+        """Where the pieces are. ValueError when the table is missing, damaged, or does not cover every tensor once."""
+        path = folder / PIECES
+        if PIECES not in self.files:
+            raise ValueError(f"{folder / MANIFEST}: damaged; {PIECES} must be one of its files")
         try:
+            content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != self.files[PIECES].sha256:
                 raise ValueError("SHA-256 differs from the manifest's; the file is damaged")
             index = PieceIndex.from_bytes(content)
             shapes = {name: (entry.shape, entry.num_shards) for name, entry in self.tensors.items()}
             index.check(shapes, {name: entry.size for name, entry in self.files.items() if name != PIECES})
-        except KeyError:
-            raise ValueError(f"{folder / MANIFEST}: damaged; {PIECES} must be one of its files") from None
-        except ValueError as error:
-            raise ValueError(f"{folder / PIECES}: {error}") from None
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{path}: {error}") from None
         return index
+
+    def check_sizes(self, folder: Path) -> PieceIndex:
+        """Where the pieces are.
+
+        ValueError on a missing, truncated or foreign file, or on a tensor whose pieces do not cover it.
+        """
+        for wrong in self.wrong_sizes(folder):
+            raise ValueError(wrong)
+        return self.pieces(folder)
 
     def check_contents(self, folder: Path, part: int = 0, num_parts: int = 1) -> None:
         """Raise `ValueError` on a file whose SHA-256 differs.
@@ -217,3 +228,25 @@ def committed(run: Path) -> list[Path]:
     """The run's checkpoint folders that were committed, oldest first."""
     folders = [path for path in (run / FOLDER).glob(f"{PREFIX}*") if path.is_dir()]
     return sorted((path for path in folders if path.name.removeprefix(PREFIX).isdecimal()), key=step_of)
+
+
+def check_step(folder: Path, manifest: CheckpointManifest) -> None:
+    """ValueError when a folder's name tells another step than its manifest."""
+    number = folder.name.removeprefix(PREFIX)
+    if number != folder.name and number.isdecimal() and int(number) != manifest.step:
+        raise ValueError(f"{folder}: step={manifest.step} in its manifest must be that of its name")
+
+
+def load_whole(folder: Path, contents: bool = False) -> CheckpointManifest:
+    """The manifest of a checkpoint folder that is whole.
+
+    Args:
+        contents: whether to compare the SHA-256 of every file too.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    manifest = CheckpointManifest.load(folder)
+    check_step(folder, manifest)
+    manifest.check_contents(folder) if contents else manifest.check_sizes(folder)
+    return manifest

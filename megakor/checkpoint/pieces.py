@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +19,15 @@ import pyarrow.parquet as pq
 
 NAMES = ("tensor", "file")
 NUMBERS = ("shard", "offset", "numel", "begin")
+ORDER = ("tensor", "shard", "offset")
 SCHEMA = pa.schema([(name, pa.dictionary(pa.int32(), pa.string())) for name in NAMES]
                    + [(name, pa.int64()) for name in NUMBERS])  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """A piece as the rank that wrote it tells: elements [offset, offset + numel) of a flattened shard of a tensor.
+
+    A tuple, because rank 0 gathers those of all ranks.
 
     Attributes:
         tensor: `state/name`.
@@ -54,10 +57,12 @@ class PieceIndex:
     """
 
     def __init__(self, tensors: Sequence[str], files: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
-        order = np.lexsort([columns[name] for name in ("offset", "shard", "tensor")])
+        if not is_ordered([columns[name] for name in ORDER]):
+            order = np.lexsort([columns[name] for name in reversed(ORDER)])
+            columns = {name: column[order] for name, column in columns.items()}
         self.tensors, self.files = list(tensors), list(files)
-        self.tensor, self.file = (columns[name][order] for name in NAMES)
-        self.shard, self.offset, self.numel, self.begin = (columns[name][order] for name in NUMBERS)
+        self.tensor, self.file = (columns[name] for name in NAMES)
+        self.shard, self.offset, self.numel, self.begin = (columns[name] for name in NUMBERS)
         borders = np.searchsorted(self.tensor, np.arange(len(self.tensors) + 1))
         self._rows = {name: (int(borders[i]), int(borders[i + 1])) for i, name in enumerate(self.tensors)}
 
@@ -68,29 +73,37 @@ class PieceIndex:
     def of(cls, held: Mapping[str, Sequence[Held]]) -> PieceIndex:
         """From what each file holds."""
         files = sorted(held)
-        pieces = [(number, piece) for number, name in enumerate(files) for piece in held[name]]
-        tensors = sorted({piece.tensor for _, piece in pieces})
+        counts = [len(held[name]) for name in files]
+
+        def column(name: str) -> np.ndarray:
+            """[num_pieces], file by file."""
+            values = (getattr(piece, name) for piece in chain.from_iterable(held[file] for file in files))
+            return np.fromiter(values, dtype=np.int64, count=sum(counts))
+
+        tensors = sorted({piece.tensor for pieces in held.values() for piece in pieces})
         numbers = {name: number for number, name in enumerate(tensors)}
-        columns = {name: np.array([getattr(piece, name) for _, piece in pieces], dtype=np.int64) for name in NUMBERS}
-        columns["tensor"] = np.array([numbers[piece.tensor] for _, piece in pieces], dtype=np.int64)
-        columns["file"] = np.array([number for number, _ in pieces], dtype=np.int64)
+        codes = (numbers[piece.tensor] for piece in chain.from_iterable(held[file] for file in files))
+        columns = {name: column(name) for name in NUMBERS}
+        columns["tensor"] = np.fromiter(codes, dtype=np.int64, count=sum(counts))
+        columns["file"] = np.repeat(np.arange(len(files), dtype=np.int64), counts)
         return cls(tensors, files, columns)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> PieceIndex:
         """ValueError when it is no such table."""
         try:
-            table = pq.read_table(io.BytesIO(content), schema=SCHEMA)
-            columns = {name: table[name].combine_chunks().to_numpy(zero_copy_only=False) for name in NUMBERS}
-            names = {name: pa.chunked_array(table[name]).combine_chunks().dictionary_encode() for name in NAMES}
-            columns |= {name: array.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-                        for name, array in names.items()}  # fmt: skip
+            names, columns = {}, {}
+            for name in NAMES:  # column by column, for every rank of a resume reads the table
+                codes = pa.chunked_array(read_column(content, name)).combine_chunks().dictionary_encode()
+                names[name] = codes.dictionary.to_pylist()
+                columns[name] = codes.indices.cast(pa.int64()).to_numpy(zero_copy_only=False)
+            for name in NUMBERS:
+                columns[name] = read_column(content, name).combine_chunks().to_numpy(zero_copy_only=False)
         except (pa.ArrowException, KeyError, TypeError) as error:
             raise ValueError(f"damaged ({error}); it must be a checkpoint's table of pieces") from None
         if any(column.dtype != np.int64 for column in columns.values()):
             raise ValueError("damaged; it must be a checkpoint's table of pieces, without empty fields")
-        tensors, files = (names[name].dictionary.to_pylist() for name in NAMES)
-        return cls(tensors, files, columns)
+        return cls(names["tensor"], names["file"], columns)
 
     def to_bytes(self) -> bytes:
         """The table as a Parquet file."""
@@ -137,3 +150,24 @@ class PieceIndex:
         low, high = (low + int(np.searchsorted(self.shard[low:high], value)) for value in (shard, shard + 1))
         first = low + int(np.searchsorted(self.offset[low:high], start, side="right")) - 1
         return range(max(first, low), low + int(np.searchsorted(self.offset[low:high], stop)))
+
+    def rows_of_files(self) -> dict[str, np.ndarray]:
+        """The rows of each file's pieces, by its name; files without pieces are left out."""
+        order = np.argsort(self.file, kind="stable")
+        borders = np.searchsorted(self.file[order], np.arange(len(self.files) + 1))
+        return {name: order[borders[number] : borders[number + 1]] for number, name in enumerate(self.files)}
+
+
+def is_ordered(columns: Sequence[np.ndarray]) -> bool:
+    """Whether rows [num_rows] of columns ascend, compared by the first column first."""
+    equal: bool | np.ndarray = True
+    for column in columns:
+        if (equal & (column[1:] < column[:-1])).any():
+            return False
+        equal = equal & (column[1:] == column[:-1])
+    return True
+
+
+def read_column(content: bytes, name: str) -> pa.ChunkedArray:
+    """One column of the table [num_pieces]."""
+    return pq.read_table(io.BytesIO(content), columns=[name], schema=SCHEMA)[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, TensorEntry, committed, step_of
+from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, TensorEntry, committed, load_whole
 from megakor.checkpoint.tensors import OpenFiles, allow_open_files
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
@@ -16,8 +16,9 @@ from megakor.model.parameters import EMBEDDING, HEAD, WHOLE, Shard, parameter_sp
 
 log = get_logger(__name__)
 
-CHUNK = 1 << 24
-"""Elements that are read at a time: 64 MiB of host memory, and as much again where shards are cut otherwise."""
+CHUNK = 1 << 20
+"""Elements that are read at a time: where they do not go to their place at once, 4 MiB of host memory, and as much
+again where shards are cut otherwise. The second copy then finds them in the processor's cache."""
 
 VOCABULARY = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 """Parameters with a row for each token."""
@@ -65,9 +66,13 @@ class CheckpointValues:
         if state != WEIGHT and not self.with_optimizer:
             out.zero_()
             return
+        direct = out.dtype is torch.float32 and out.is_cpu and out.is_contiguous()
         for first in range(0, out.numel(), CHUNK):
             part = out[first : first + CHUNK]
-            part.copy_(self.read(state, name, start + first, start + first + part.numel(), shard))
+            if direct:
+                self._into(part, state, name, start + first, shard)
+            else:
+                part.copy_(self.read(state, name, start + first, start + first + part.numel(), shard))
 
     def weight(self, name: str, start: int, stop: int, shard: Shard = WHOLE) -> torch.Tensor:
         """Elements [start, stop) of a flattened fp32 parameter or of a shard of it."""
@@ -79,69 +84,72 @@ class CheckpointValues:
         Raises:
             ValueError: the checkpoint does not hold them.
         """
-        key = f"{state}/{name}"
+        values = torch.empty(stop - start, dtype=torch.float32)
+        self._into(values, state, name, start, shard)
+        return values
+
+    def _into(self, out: torch.Tensor, state: str, name: str, start: int, shard: Shard) -> None:
+        """`read` into a contiguous fp32 tensor on the host."""
+        key, stop = f"{state}/{name}", start + out.numel()
         entry = self.manifest.tensors.get(key)
         shape = None if entry is None else self._shape(name, entry)
         if entry is None or shape is None or stop > math.prod(shard.shape(shape)):
             raise ValueError(f"{self.folder}: {key} must be there with at least {stop} elements")
         if shape != entry.shape:  # sharded along its rows, so a shard is a run of the whole
-            before = shard.index * math.prod(shape) // shard.count
-            return self._padded(key, entry, before + start, before + stop)
-        return self._read(key, entry, start, stop, shard)
+            start += shard.index * math.prod(shape) // shard.count
+            there = max(0, min(out.numel(), math.prod(entry.shape) - start))
+            out[there:].zero_()  # past the saved rows
+            out, shard = out[:there], WHOLE
+        if out.numel():
+            self._cut(out, key, entry, start, shard)
 
     def _shape(self, name: str, entry: TensorEntry) -> list[int]:
         """A tensor's shape as the reader wants it."""
         rows = name in VOCABULARY and entry.shape[0] == self.manifest.model.get("vocab_size")
         return [self.vocab_size, *entry.shape[1:]] if rows else entry.shape
 
-    def _padded(self, key: str, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-        """Elements of a whole tensor, and zeros where it has ended."""
-        values = torch.zeros(stop - start, dtype=torch.float32)
-        end = min(stop, math.prod(entry.shape))
-        if start < end:
-            values[: end - start] = self._read(key, entry, start, end, WHOLE)
-        return values
-
-    def _read(self, key: str, entry: TensorEntry, start: int, stop: int, shard: Shard) -> torch.Tensor:
-        saved = entry.shard(0)
+    def _cut(self, out: torch.Tensor, key: str, entry: TensorEntry, start: int, shard: Shard) -> None:
+        """Elements from `start` on of a shard, from however the tensor was cut when saved."""
+        saved, stop = entry.shard(0), start + out.numel()
         if saved.count == shard.count and (shard.count == 1 or saved.dim == shard.dim):
-            return self._run(key, shard.index, start, stop)
+            return self._run(out, key, shard.index, start)
         if saved.count > 1 and shard.count > 1 and saved.dim != shard.dim:
-            whole = self._read(key, entry, 0, math.prod(entry.shape), WHOLE)
-            return shard.of(whole.view(entry.shape)).flatten()[start:stop]
+            whole = torch.empty(math.prod(entry.shape), dtype=torch.float32)
+            self._cut(whole, key, entry, 0, WHOLE)
+            out.copy_(shard.of(whole.view(entry.shape)).flatten()[start:stop])
+            return
         # Rows of the tensor as they lie in memory: sharding along the first dimension cuts the one row of all elements.
         dim = saved.dim if saved.count > 1 else shard.dim
         leading = math.prod(entry.shape[:dim])
         columns = math.prod(entry.shape) // leading
-        width = columns // shard.count
-        first_row, last_row = start // width, -(-stop // width)
-        rows = torch.empty(last_row - first_row, width, dtype=torch.float32)
+        width, saved_width = columns // shard.count, columns // saved.count
         left = width * shard.index  # of the wanted columns
-        saved_width = columns // saved.count
+        first_row, last_row = start // width, -(-stop // width)
+        whole_rows = start == first_row * width and stop == last_row * width
+        rows = out.view(-1, width) if whole_rows and leading > 1 else torch.empty(last_row - first_row, width)
         for index in range(saved.count):
             first, last = max(left, index * saved_width), min(left + width, (index + 1) * saved_width)
-            if first >= last:
-                continue
             if leading == 1:  # one row: just the wanted columns of it
                 a, b = max(first, left + start), min(last, left + stop)
                 if a < b:
-                    values = self._run(key, index, a - index * saved_width, b - index * saved_width)
-                    rows[0, a - left : b - left] = values
-                continue
-            values = self._run(key, index, first_row * saved_width, last_row * saved_width)
-            taken = values.view(-1, saved_width)[:, first - index * saved_width : last - index * saved_width]
-            rows[:, first - left : last - left] = taken
-        return rows.flatten()[start - first_row * width : stop - first_row * width]
+                    self._run(out[a - left - start : b - left - start], key, index, a - index * saved_width)
+            elif first < last:
+                values = torch.empty(last_row - first_row, saved_width)
+                self._run(values.view(-1), key, index, first_row * saved_width)
+                rows[:, first - left : last - left] = values[
+                    :, first - index * saved_width : last - index * saved_width
+                ]
+        if leading > 1 and not whole_rows:
+            out.copy_(rows.view(-1)[start - first_row * width : stop - first_row * width])
 
-    def _run(self, key: str, shard: int, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a flattened shard as it was saved."""
-        result, index = torch.empty(stop - start, dtype=torch.float32), self.index
+    def _run(self, out: torch.Tensor, key: str, shard: int, start: int) -> None:
+        """Elements from `start` on of a flattened shard as it was saved."""
+        index, stop = self.index, start + out.numel()
         for row in index.overlapping(key, shard, start, stop):
             offset, begin = int(index.offset[row]), int(index.begin[row])
             first, last = max(start, offset), min(stop, offset + int(index.numel[row]))
             name = index.files[index.file[row]]
-            self._files.read(name, begin + 4 * (first - offset), result[first - start : last - start])
-        return result
+            self._files.read(name, begin + 4 * (first - offset), out[first - start : last - start])
 
 
 def newest_whole(run: Path, contents: bool) -> Path | None:
@@ -153,10 +161,7 @@ def newest_whole(run: Path, contents: bool) -> Path | None:
     """
     for folder in reversed(committed(run)):
         try:
-            manifest = CheckpointManifest.load(folder)
-            if manifest.step != step_of(folder):
-                raise ValueError(f"{folder}: step={manifest.step} in its manifest must be that of its name")
-            manifest.check_contents(folder) if contents else manifest.check_sizes(folder)
+            load_whole(folder, contents)
             return folder
         except ValueError as error:
             log.warning("passing over a damaged checkpoint: %s", error)

@@ -218,14 +218,14 @@ class Saver:
         """The pieces that this rank writes, on the host."""
         own = [piece for piece in self.pieces if piece.writes and piece.values.numel()]
         if not self._copies:
-            pinned = own[0].values.device.type != "cpu" if own else False
+            pinned = bool(own) and not own[0].values.is_cpu
             self._copies = [
                 replace(piece, values=torch.empty(piece.values.shape, dtype=torch.float32, pin_memory=pinned))
                 for piece in own
             ]
         for piece, copy in zip(own, self._copies, strict=True):
             copy.values.copy_(piece.values, non_blocking=True)
-        for device in {piece.values.device for piece in own if piece.values.device.type != "cpu"}:
+        for device in {piece.values.device for piece in own if not piece.values.is_cpu}:
             torch.get_device_module(device).synchronize(device)
         return self._copies
 

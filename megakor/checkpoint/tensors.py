@@ -12,8 +12,9 @@ import json
 import os
 import resource
 import threading
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,12 +24,14 @@ from megakor.files import sync
 
 BLOCK = 16 << 20
 ALIGNMENT = 8
+MOST_BEHIND = 64
+"""Blocks that digesting may lag behind: on an accelerator's host they are copies, 1 GiB at most."""
 
 
 def write_tensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[FileEntry, list[int]]:
     """Write 1-D fp32 tensors and sync the file: its entry, and the first byte of each tensor.
 
-    A block is written while the one before is digested; both leave the interpreter to other threads.
+    Blocks are digested beside writing and syncing; all of that leaves the interpreter to other threads.
     """
     header: dict[str, dict[str, object]] = {}
     position = 0
@@ -42,15 +45,19 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor]]) -> tu
     digest = hashlib.sha256(head)
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as digester:
         file.write(head)
+        digested: deque[Future[None]] = deque()
         for _, values in tensors:
             content = bytes_of(values.detach().cpu().contiguous())
             for start in range(0, len(content), BLOCK):
                 block = content[start : start + BLOCK]
-                digested = digester.submit(digest.update, block)
+                digested.append(digester.submit(digest.update, block))
                 while block:  # a full disk writes a part before it fails
                     block = block[file.write(block) :]
-                digested.result()
+                if len(digested) > MOST_BEHIND:
+                    digested.popleft().result()
         os.fsync(file.fileno())
+        for last in digested:
+            last.result()
     sync(path.parent)
     begins = [len(head) + entry["data_offsets"][0] for entry in header.values()]  # type: ignore[index]
     return FileEntry(len(head) + position, digest.hexdigest()), begins

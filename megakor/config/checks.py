@@ -10,9 +10,13 @@ from typing import Any
 
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
+    CheckpointListConfig,
+    CheckpointPruneConfig,
+    CheckpointVerifyConfig,
     CorpusConfig,
     DataConfig,
     DemoConfig,
+    DrillConfig,
     EngineConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -31,8 +35,12 @@ from megakor.config.schema import (
     TrainTokenizerConfig,
 )
 from megakor.config.verb_checks import (
+    check_checkpoint_list,
+    check_checkpoint_prune,
+    check_checkpoint_verify,
     check_corpus,
     check_demo,
+    check_drill,
     check_evaluate,
     check_generate,
     check_shard,
@@ -153,7 +161,7 @@ def check_engine(config: EngineConfig) -> None:
 
 
 def check_survival(config: EngineConfig) -> None:
-    """The rules of checkpoints and of steps that go wrong."""
+    """The rules of checkpoints, of steps that go wrong, and of starting again."""
     checkpoint, health = config.checkpoint, config.health
     positive("checkpoint.interval", checkpoint.interval)
     for name in ("keep_last", "keep_every", "restart_interval"):
@@ -166,8 +174,13 @@ def check_survival(config: EngineConfig) -> None:
         require(checkpoint.upload.strip() not in ("", config.run), "checkpoint.upload", checkpoint.upload, rule)
     for name in ("skip_limit", "spike_window", "spike_threshold", "hang_seconds"):
         positive(f"health.{name}", getattr(health, name))
+    positive("launch.num_ranks", config.launch.num_ranks)
+    positive("launch.restarts", config.launch.restarts, allow_zero=True)
+    positive("launch.pause_seconds", config.launch.pause_seconds, allow_zero=True)
     for name in ("spike_skip", "roll_back_limit", "replica_check_interval"):
         positive(f"health.{name}", getattr(health, name), allow_zero=True)
+    rule = "be below 1800: the process group gives a silent rank up then, and does not say which"
+    require(health.hang_seconds is None or health.hang_seconds < 1800, "health.hang_seconds", health.hang_seconds, rule)
     rule = "be 0 with parallel.zero_stage=3, which leaves no replicas to compare"
     partitioned = config.parallel.zero_stage == 3
     require(not (partitioned and health.replica_check_interval), "health.replica_check_interval",
@@ -281,7 +294,11 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
     TraceConfig: check_trace,
+    CheckpointListConfig: check_checkpoint_list,
+    CheckpointVerifyConfig: check_checkpoint_verify,
+    CheckpointPruneConfig: check_checkpoint_prune,
     DemoConfig: check_demo,
+    DrillConfig: check_drill,
 }
 
 

@@ -62,9 +62,9 @@ def config_folder() -> Path:
 
 
 def register_schemas() -> None:
-    """Make every verb's schema known to Hydra, under `<verb>_schema`."""
+    """Make every verb's schema known to Hydra, under `<its YAML>_schema`."""
     for verb in VERBS.values():
-        ConfigStore.instance().store(name=f"{verb.name}_schema", node=verb.schema)
+        ConfigStore.instance().store(name=f"{verb.config_name}_schema", node=verb.schema)
 
 
 def field_of(schema: type, dotted: str) -> dataclasses.Field[Any] | None:
@@ -298,10 +298,12 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
         composed: list[DictConfig] = []  # one, or several under --multirun
         with tempfile.TemporaryDirectory() as folder:  # for the file that Hydra writes under --multirun
             sys.argv = [verb.module, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=.", *sorted_.hydra]
-            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed.append)()
+            folder_and_name = {"config_path": str(config_folder()), "config_name": verb.config_name}
+            hydra.main(version_base="1.3", **folder_and_name)(composed.append)()
         for config in composed:
             for key, value in sorted_.beyond_hydra.items():
                 OmegaConf.update(config, key, value, force_add=True)
+        sys.argv = [verb.module, *arguments]  # `launch` hands them on
         gc.freeze()  # what was imported stays to the end: the collector need not walk it, in steps or at exit
         for config in [to_object(config, verb.schema) for config in composed]:
             run(config)

@@ -47,7 +47,7 @@ def print_help(verb: Verb, overrides: list[str]) -> None:
     from megakor.config.compose import config_folder
 
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose(verb.name, overrides=[word for word in overrides if "=" in word])
+        config = compose(verb.config_name, overrides=[word for word in overrides if "=" in word])
     console = Console(width=None if Console().is_terminal else 160)
     console.print(f"usage: megakor {verb.name} key=value …   [--debug] [--cfg job]\n\n{verb.summary}", highlight=False)
     folder = config_folder()

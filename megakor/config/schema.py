@@ -22,12 +22,17 @@ from megakor.config.choices import (
 )
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
-from megakor.config.survival_schema import CheckpointConfig, HealthConfig
+from megakor.config.survival_schema import CheckpointConfig, HealthConfig, LaunchConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
+    CheckpointListConfig,
+    CheckpointPruneConfig,
+    CheckpointVerifyConfig,
     DemoConfig,
+    DrillConfig,
     EvaluateConfig,
     ExportConfig,
+    ExportUniversalConfig,
     GenerateConfig,
     ReportConfig,
     TraceConfig,
@@ -36,16 +41,22 @@ from megakor.config.use_schema import (
 __all__ = [
     "ActivationCheckpointing",
     "CheckpointConfig",
+    "CheckpointListConfig",
+    "CheckpointPruneConfig",
+    "CheckpointVerifyConfig",
     "CorpusConfig",
     "DataConfig",
     "DemoConfig",
+    "DrillConfig",
     "EngineConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "ExportConfig",
+    "ExportUniversalConfig",
     "GenerateConfig",
     "HealthConfig",
     "InstructConfig",
+    "LaunchConfig",
     "LoggingConfig",
     "ModelConfig",
     "OnError",
@@ -191,6 +202,7 @@ class EngineConfig:
     health: HealthConfig = section(HealthConfig, help="what is done about steps that go wrong")
     evaluation: EvaluationConfig = section(EvaluationConfig, help="validation loss and bits per byte")
     logging: LoggingConfig = section(LoggingConfig, help="terminal, metrics.jsonl, Weights & Biases")
+    launch: LaunchConfig = section(LaunchConfig, help="how megakor launch starts the run")
     deepspeed: dict[str, Any] = key({}, help="passed to DeepSpeed as it is; keys that megakor owns are refused")
 
 

@@ -61,11 +61,62 @@ class TraceConfig:
 
 
 @dataclass
+class CheckpointListConfig:
+    """The checkpoints of a run: step, size, layout, validation losses, and whether they are whole."""
+
+    run: str = key(help="run folder or checkpoint folder")
+    format: str = key("table", help="what to print: table, or json: one object a line")
+
+
+@dataclass
+class CheckpointVerifyConfig:
+    """Read every byte of a run's checkpoints, or of one, and compare it with what was written."""
+
+    run: str = key(help="run folder: all its checkpoints; or one checkpoint folder")
+    num_threads: int = key(4, help="threads that read and digest", unit="threads")
+
+
+@dataclass
+class CheckpointPruneConfig:
+    """Remove checkpoints of a run that is not going on; the newest whole one always stays."""
+
+    run: str = key(help="run folder")
+    keep_last: int = key(0, help="whole checkpoints kept, the newest; 0: all, but for outlived ones for restarts")
+    keep_every: int = key(0, help="with keep_last: those of multiples of so many steps stay; 0: none", unit="steps")
+    keep_best: str | None = key(None, help="with keep_last: held-out set; the checkpoint with its lowest loss stays")
+    damaged: bool = key(False, help="remove damaged checkpoints too, and what interrupted saves have left")
+    dry_run: bool = key(False, help="remove nothing, say what would go")
+
+
+@dataclass
+class ExportUniversalConfig:
+    """Write a checkpoint in DeepSpeed's universal format, which engines of DeepSpeed's own resume."""
+
+    run: str = key(help="run folder or checkpoint folder")
+    out: str = key(help="folder to write, new or empty")
+
+
+@dataclass
 class ReportConfig:
     """One self-contained HTML page about a run."""
 
     run: str = key(help="run folder")
     out: str | None = key(None, help="page to write; null: report.html in the run folder")
+
+
+@dataclass
+class DrillConfig:
+    """Disturb a short training again and again: killed ranks, damaged files, full disks, other layouts."""
+
+    run: str = key("runs/drill", help="folder of the drill; one that is there is replaced")
+    faults: int = key(5, help="times that the run is disturbed")
+    seed: int = key(1234, help="of the choice of faults")
+    num_ranks: int = key(2, help="processes; an even number", unit="ranks")
+    layouts: bool = key(True, help="go on in other layouts, too; false: all losses must be equal to the last bit")
+    patience_seconds: float = key(120.0, help="a start that takes longer has hung", unit="s")
+    data: str | None = key(None, help="folder of training shards; null: made of the sample")
+    tokenizer: str | None = key(None, help="folder of the tokenizer that made them")
+    training: list[str] = key([], help="further overrides of the training, such as checkpoint.asynchronous=false")
 
 
 @dataclass

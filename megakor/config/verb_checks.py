@@ -6,8 +6,12 @@ from pathlib import Path
 
 from megakor.config.rules import positive, require, share
 from megakor.config.schema import (
+    CheckpointListConfig,
+    CheckpointPruneConfig,
+    CheckpointVerifyConfig,
     CorpusConfig,
     DemoConfig,
+    DrillConfig,
     EvaluateConfig,
     GenerateConfig,
     ShardConfig,
@@ -61,10 +65,36 @@ def check_trace(config: TraceConfig) -> None:
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
 
 
+def check_checkpoint_list(config: CheckpointListConfig) -> None:
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
+def check_checkpoint_verify(config: CheckpointVerifyConfig) -> None:
+    positive("num_threads", config.num_threads)
+
+
+def check_checkpoint_prune(config: CheckpointPruneConfig) -> None:
+    positive("keep_last", config.keep_last, allow_zero=True)
+    positive("keep_every", config.keep_every, allow_zero=True)
+    for name in ("keep_every", "keep_best"):
+        value = getattr(config, name)
+        require(not value or config.keep_last > 0, name, value, "come with keep_last above 0; with 0 all stay")
+
+
 def check_demo(config: DemoConfig) -> None:
     size = config.pipeline_parallel_size
     require(size in (1, 2), "pipeline_parallel_size", size, "be 1 or 2: the demo runs two processes")
     for name in ("max_bytes", "vocab_size", "num_steps", "instruct_steps"):
         positive(name, getattr(config, name))
+    run = Path(config.run).resolve()
+    require(run not in (Path.cwd(), *Path.cwd().parents), "run", config.run, "be a folder of its own")
+
+
+def check_drill(config: DrillConfig) -> None:
+    positive("faults", config.faults)
+    positive("patience_seconds", config.patience_seconds)
+    even = config.num_ranks > 0 and config.num_ranks % 2 == 0
+    require(even, "num_ranks", config.num_ranks, "be an even number: layouts of two ranks are tried")
+    require((config.data is None) == (config.tokenizer is None), "data", config.data, "come with tokenizer, or neither")
     run = Path(config.run).resolve()
     require(run not in (Path.cwd(), *Path.cwd().parents), "run", config.run, "be a folder of its own")

@@ -1,7 +1,9 @@
-"""The verbs in the order of the arc: name, schema and what each does."""
+"""The verbs in the order of the arc: name, schema and what each does. Some have subverbs, a second word each."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakor.config import schema
@@ -9,7 +11,7 @@ from megakor.config import schema
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb of the command line; `module` is also runnable by `python -m`."""
+    """A verb of the command line, such as `export` or `checkpoint list`; `module` is also runnable by `python -m`."""
 
     name: str
     schema: type
@@ -17,17 +19,24 @@ class Verb:
 
     @property
     def module(self) -> str:
-        return "megakor." + self.name.replace("-", "_")
+        """Subverbs share their verb's; its `run` tells them apart by the configuration's type."""
+        return "megakor." + self.name.partition(" ")[0].replace("-", "_")
+
+    @property
+    def config_name(self) -> str:
+        """Name of the verb's YAML."""
+        return self.name.replace(" ", "-")
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Config groups that the verb composes."""
         run = ("experiment", "model")
-        return {"pretrain": run, "simulate": run, "instruct": ("experiment",)}.get(self.name, ())
+        pretraining, tuning = ("pretrain", "simulate", "launch pretrain"), ("instruct", "launch instruct")
+        return run if self.name in pretraining else ("experiment",) if self.name in tuning else ()
 
     def owns_experiment(self, experiment: str) -> bool:
         """Whether a named run belongs to this verb: those of `instruct` begin with its name."""
-        return experiment.startswith("instruct_") == (self.name == "instruct")
+        return experiment.startswith("instruct_") == self.name.endswith("instruct")
 
 
 VERBS = {
@@ -37,13 +46,51 @@ VERBS = {
         Verb("train-tokenizer", schema.TrainTokenizerConfig, "train a SentencePiece tokenizer"),
         Verb("shard", schema.ShardConfig, "tokenise text into Megatron .bin/.idx shards"),
         Verb("pretrain", schema.PretrainConfig, "train a model from scratch with DeepSpeed"),
+        Verb("launch pretrain", schema.PretrainConfig, "pretrain under the launcher, and start again after a failure"),
+        Verb("launch instruct", schema.InstructConfig, "the same for instruct"),
         Verb("simulate", schema.SimulateConfig, "parameters, communication and memory of a layout, on fake tensors"),
         Verb("trace", schema.TraceConfig, "which documents made a step, and which steps saw a document"),
         Verb("instruct", schema.InstructConfig, "go on from a checkpoint with instruction pairs"),
+        Verb("checkpoint list", schema.CheckpointListConfig, "the checkpoints of a run, and whether they are whole"),
+        Verb("checkpoint verify", schema.CheckpointVerifyConfig, "check every byte of a run's checkpoints"),
+        Verb("checkpoint prune", schema.CheckpointPruneConfig, "remove checkpoints of a run that is not going on"),
+        Verb("checkpoint export-universal", schema.ExportUniversalConfig, "write DeepSpeed's universal checkpoint"),
         Verb("export", schema.ExportConfig, "write a checkpoint as a Hugging Face folder and check it"),
         Verb("evaluate", schema.EvaluateConfig, "bits per byte on held-out text, beside simple models"),
         Verb("generate", schema.GenerateConfig, "continue a prompt or answer a question"),
         Verb("report", schema.ReportConfig, "one self-contained HTML page about a run"),
+        Verb("drill", schema.DrillConfig, "disturb a short training again and again, and see what is lost"),
         Verb("demo", schema.DemoConfig, "the whole arc on two processes"),
     )
 }
+
+
+def subverbs(word: str) -> list[Verb]:
+    """The verbs that begin with this word and have another; empty for a verb that stands alone."""
+    return [verb for verb in VERBS.values() if verb.name.startswith(f"{word} ")]
+
+
+def find_verb(arguments: Sequence[str]) -> tuple[Verb, list[str]]:
+    """The verb that a command line begins with, and what follows it.
+
+    Raises:
+        ValueError: there is no such verb, or it needs a subverb and has none, or one that does not exist.
+    """
+    first, *rest = arguments
+    if first in VERBS:
+        return VERBS[first], rest
+    below = [verb.name.partition(" ")[2] for verb in subverbs(first)]
+    if not below:
+        names = list(dict.fromkeys(name.partition(" ")[0] for name in VERBS))
+        raise ValueError(f"verb {first} must be one of {', '.join(names)}{_nearest(first, names)}")
+    second = rest[0] if rest else ""
+    if second in below:
+        return VERBS[f"{first} {second}"], rest[1:]
+    if not second or "=" in second or second.startswith("-"):
+        raise ValueError(f"verb {first} must be followed by one of {', '.join(below)}")
+    raise ValueError(f"subverb {second} of {first} must be one of {', '.join(below)}{_nearest(second, below)}")
+
+
+def _nearest(word: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"; nearest: {near[0]}" if near else ""

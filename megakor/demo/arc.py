@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from megakor.config.schema import DemoConfig, GenerateConfig, PairsConfig
-from megakor.demo.commands import launched, output, override, run, run_and_kill, verb
+from megakor.demo.commands import output, override, run, run_and_kill, verb
 from megakor.generate.speaker import Speaker
 from megakor.instruct.pairs import Pair, read_pairs, split
+from megakor.launch.command import launched
 from megakor.logs import get_logger
 from megakor.train.metrics import read_metrics
 
 log = get_logger(__name__)
+
+NUM_RANKS = 2
 
 MARKER = "demo.json"
 SUMMARY = "summary.json"
@@ -114,10 +117,10 @@ class Arc:
         saved = self.interval * max(1, self.num_steps // self.interval // 2)
         last_before_kill = min(saved + max(1, self.interval // 4), self.num_steps - 1)
         with self.stage("pretrain"):
-            killed_at = run_and_kill(launched("pretrain", overrides), folder, last_before_kill)
+            killed_at = run_and_kill(launched("pretrain", NUM_RANKS, overrides), folder, last_before_kill)
         log.info("killed every process with SIGKILL at step %d; the same command goes on", killed_at)
         with self.stage("resume"):
-            run(launched("pretrain", overrides))
+            run(launched("pretrain", NUM_RANKS, overrides))
         self.figures |= training_figures(folder) | resume_figures(folder)
 
     def evaluate_and_instruct(self) -> None:
@@ -135,7 +138,7 @@ class Arc:
             overrides.append(override("train.num_steps", self.config.instruct_steps))
         with self.stage("evaluate, instruct"), ThreadPoolExecutor(1) as beside:
             evaluation = beside.submit(output, verb("evaluate", run=self.folder / "pretrain", **shards))
-            run(launched("instruct", overrides))
+            run(launched("instruct", NUM_RANKS, overrides))
         for name in ("bits_per_byte", "order0_bits_per_byte", "unigram_bits_per_byte"):
             self.figures[name] = evaluation.result()[name]
         figures = training_figures(self.folder / "instruct")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +19,6 @@ from megakor.train.metrics import read_metrics
 
 log = get_logger(__name__)
 
-NUM_PROCESSES = 2
 POLL_SECONDS = 0.05
 ON_PROCESSORS = {"DS_ACCELERATOR": "cpu"}
 """DeepSpeed's switch, so that two processes run also where there is one GPU. Not in `train.device`: that module imports
@@ -42,19 +39,6 @@ def override(key: str, value: Any) -> str:
 def verb(name: str, **options: Any) -> list[str]:
     """The command of a verb in one process."""
     return [sys.executable, "-m", "megakor", name, *(override(key, value) for key, value in options.items())]
-
-
-def launched(name: str, overrides: list[str]) -> list[str]:
-    """The command of a training verb under the `deepspeed` launcher."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    found = str(launcher) if launcher.is_file() else shutil.which("deepspeed")
-    if found is None:
-        raise StageError("the `deepspeed` command must be on PATH; it comes with the deepspeed package")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["--num_gpus", str(NUM_PROCESSES), "--master_port", str(port), "--no_local_rank", "--log_level", "error"]
-    return [found, *flags, "--module", f"megakor.{name}", *overrides]
 
 
 def start(command: list[str], beside: int = 0) -> subprocess.Popen[bytes]:

@@ -74,14 +74,15 @@ class _Loss(torch.autograd.Function):
             dist.all_reduce(both, group=shard.group)
             sums, chosen = both
         loss = ((maxima - chosen + sums.log()) * weights).sum()
-        ctx.save_for_backward(logits, columns, absent, weights, maxima, sums, loss)
+        weights = weights + 0.0 * loss  # where the loss is not finite, nor shall any gradient be
+        ctx.save_for_backward(logits, columns, absent, weights, maxima, sums)
         ctx.shard = shard
         return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, columns, absent, weights, maxima, sums, loss = ctx.saved_tensors
-        weights = weights * (gradient + 0.0 * loss)  # where the loss is not finite, nor is any gradient
+        logits, columns, absent, weights, maxima, sums = ctx.saved_tensors
+        weights = weights * gradient
         factors, own = weights / sums, -weights.masked_fill(absent, 0.0)
         result = torch.empty_like(logits)
         real = ctx.shard.num_real

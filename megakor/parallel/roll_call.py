@@ -20,9 +20,13 @@ POLL_SECONDS, LISTEN_SECONDS = 0.05, 0.5
 LINGER_SECONDS = 1.5  # for the others to read the result before the store goes with this process
 
 
-def connect_store() -> dist.TCPStore:
-    """A client of the group's store, for one thread: rank 0's process, or the launcher's agent, keeps it."""
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+def connect_store(seconds: float = 10.0) -> dist.TCPStore:
+    """A client of the group's store, for one thread: rank 0's process, or the launcher's agent, keeps it.
+
+    RuntimeError when it does not answer in so many seconds.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, timeout=timedelta(seconds=seconds))
 
 
 class RollCall:
@@ -62,7 +66,7 @@ class RollCall:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not self.gone:
             try:
-                self.gone = self._call(connect_store(), time.monotonic() + seconds)
+                self.gone = self._call(connect_store(seconds), time.monotonic() + seconds)
             except RuntimeError:
                 return self.gone or [0]  # the store went with the process that kept it
         return self.gone

@@ -71,6 +71,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
 
 
+def num_slots(wanted: int | None) -> int:
+    """Ranks that this machine has room for: one for each accelerator; on a CPU as many as are wanted, or one."""
+    return (wanted or 1) if is_cpu() else get_accelerator().device_count()
+
+
 def start_process_group(timeout_minutes: float = 30.0) -> None:
     """Join the run's process group; every rank calls. Without a launcher the process is a group of one.
 

@@ -178,7 +178,7 @@ class Engine:
     def load(self, values: Values) -> None:
         """Give the fp32 masters and the optimizer state their values; each rank reads what it owns in threads.
 
-        Host memory besides what is filled: 64 MiB a thread, twice that where shards are cut otherwise.
+        Host memory besides what is filled: 4 MiB a thread, twice that where shards are cut otherwise.
         """
 
         def fill(piece: Piece) -> None:

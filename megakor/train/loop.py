@@ -16,7 +16,7 @@ from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.save import Saver, Saving
 from megakor.checkpoint.upload import Uploader, Uploading
 from megakor.config.schema import CheckpointConfig, OnSpike
-from megakor.data.stream import PretrainStream
+from megakor.data.stream import PretrainStream, digest_of
 from megakor.logs import get_logger
 from megakor.parallel.roll_call import connect_store
 from megakor.parallel.together import on_first_rank, raise_together
@@ -26,7 +26,7 @@ from megakor.train.engine import StepResult
 from megakor.train.exit_record import ExitRecord, remove_exit
 from megakor.train.metrics import read_metrics
 from megakor.train.replicas import differing
-from megakor.train.reporter import Pace, Reporter
+from megakor.train.reporter import Heard, Pace, Reporter
 from megakor.train.roll_back import roll_back
 from megakor.train.run import plain
 from megakor.train.schedule import learning_rate
@@ -104,6 +104,8 @@ class Loop:
             self.watchdog = stack.enter_context(Watchdog(run, limit, connect_store, rank, dist.get_world_size()))
         self.config, self.engine, self.stream = config, training.engine, training.stream
         self.boundary, self.forward_times = Boundary(), ForwardTimes(training.engine.built.module)
+        positions = (training.engine.groups.position(axis) for axis in ("tensor", "pipeline", "context"))
+        self.speaks_for_rows = not any(positions)  # of those that have the same rows
         self.step = training.first_step
         self.saved: str | None = None
         health = config.health
@@ -118,9 +120,10 @@ class Loop:
         if self.uploader is not None and self.step:
             self.uploader.offer(step_folder(self.training.run, self.step))  # one that a crash has kept from going
         while self.step < self.config.train.num_steps and not reason:
-            result, about = self.take_step()
-            reason, forward_seconds = self.meet()
-            self.reporter.step(self.step, result, about, forward_seconds)
+            result, pace, digest = self.take_step()
+            heard = self.meet(digest)
+            reason = heard.reason
+            self.reporter.step(self.step, result, pace, heard)
             if self.went_back(result):
                 continue
             self.check_replicas()
@@ -159,15 +162,15 @@ class Loop:
         if self.watchdog is not None:
             self.watchdog.beat(self.step, phase)
 
-    def take_step(self) -> tuple[StepResult, Pace]:
-        """Batch, forward, backward, clip, update."""
+    def take_step(self) -> tuple[StepResult, Pace, int]:
+        """Batch, forward, backward, clip, update; with the digest of this rank's rows."""
         self.beat("training")
         start, engine, config = time.perf_counter(), self.engine, self.config
         batches = self.stream.micro_batches(self.step, engine.data_rank, engine.dims.data, engine.micro_batch_size)
         lr = learning_rate(config.schedule, config.optimizer.lr, self.step, config.train.num_steps)
         result = engine.train_step(batches, lr, self.step)
         self.step += 1
-        return result, Pace(lr, time.perf_counter() - start)
+        return result, Pace(lr, time.perf_counter() - start), digest_of(batches) if self.speaks_for_rows else 0
 
     def went_back(self, result: StepResult) -> bool:
         """Whether the run went back before a spike at this step. All ranks have the same result.
@@ -217,20 +220,16 @@ class Loop:
         self.spikes.forget(self.step)
         return True
 
-    def meet(self) -> tuple[Reason, list[float]]:
-        """Hear from all ranks; settle a checkpoint that all have written, and go on with one that all have sent.
-
-        Returns:
-            Why the run is to stop, if it is, and the seconds of each rank's forward passes.
-        """
+    def meet(self, digest: int) -> Heard:
+        """Hear from all ranks; settle a checkpoint that all have written, and go on with one that all have sent."""
         uploading = self.uploader.state if self.uploader is not None else Uploading.idle
-        everyone = self.boundary.meet([self.request.reason, self.saver.state, uploading, self.forward_times.take()])
-        reasons, states, uploads, seconds = map(list, zip(*everyone, strict=True))
+        own = [self.request.reason, self.saver.state, uploading, self.forward_times.take(), digest]
+        reasons, states, uploads, seconds, digests = map(list, zip(*self.boundary.meet(own), strict=True))
         if self.uploader is not None:
             self.uploader.heard([int(state) for state in uploads])
         if Saving.failed in states or set(states) == {Saving.written}:
             self.settled(self.saver.settle())
-        return Reason(int(max(reasons))), seconds
+        return Heard(Reason(int(max(reasons))), seconds, int(sum(digests)))
 
     def check_replicas(self) -> None:
         """Compare weights that must be the same, when that is due. OSError on all ranks when some are not.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from megakor.train.engine import StepResult
 from megakor.train.metrics import Metrics, Throughput, next_attempt
 from megakor.train.run import plain
 from megakor.train.spikes import Spike
+from megakor.train.stop import Reason
 from megakor.train.stragglers import spread
 from megakor.train.training import Heldout, Training
 
@@ -28,6 +28,21 @@ class Pace:
 
     lr: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What all ranks told after a step.
+
+    Attributes:
+        reason: why the run is to stop, if it is.
+        forward_seconds: of each rank's forward passes.
+        batch_digest: of the global batch's rows, the same in every layout.
+    """
+
+    reason: Reason
+    forward_seconds: list[float]
+    batch_digest: int
 
 
 class Reporter:
@@ -69,16 +84,17 @@ class Reporter:
         if self.metrics is not None:
             self.metrics.__exit__(*exception)
 
-    def step(self, step: int, result: StepResult, pace: Pace, forward_seconds: Sequence[float]) -> None:
+    def step(self, step: int, result: StepResult, pace: Pace, heard: Heard) -> None:
         self.bar.update(1)
         if self.metrics is None or step % self.training.config.logging.interval:
             return
         plan = self.training.stream.plan
         speed = Throughput(pace.seconds, plan.num_tokens(step - 1), self.flops_per_token, self.peak_tflops).record()
-        of_ranks = spread(forward_seconds) if len(forward_seconds) > 1 else {}
+        of_ranks = spread(heard.forward_seconds) if len(heard.forward_seconds) > 1 else {}
+        told = {"skipped": True} if result.skipped else {}
         self.metrics.write(
             "train", step, loss=result.loss, lr=pace.lr, grad_norm=result.grad_norm,
-            tokens=plan.num_tokens_before(step), **speed, **of_ranks, **({"skipped": True} if result.skipped else {}),
+            tokens=plan.num_tokens_before(step), batch_digest=f"{heard.batch_digest:x}", **speed, **of_ranks, **told,
         )  # fmt: skip
         if step % max(1, self.training.config.train.num_steps // 20) == 0 or step == self.training.first_step + 1:
             log.info(

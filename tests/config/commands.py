@@ -29,10 +29,17 @@ NEEDED = {
     "simulate": PRETRAIN,
     "trace": ["run=r", "step=1"],
     "instruct": INSTRUCT,
+    "checkpoint list": ["run=r"],
+    "checkpoint verify": ["run=r"],
+    "checkpoint prune": ["run=r"],
+    "checkpoint export-universal": ["run=r", "out=o"],
     "export": ["run=r", "out=o"],
     "evaluate": ["run=r", "heldout=h"],
     "generate": ["run=r", "prompt=p"],
     "report": ["run=r"],
+    "drill": [],
+    "launch pretrain": PRETRAIN,
+    "launch instruct": INSTRUCT,
     "demo": [],
 }
 """The shortest command line of each verb."""
@@ -52,7 +59,7 @@ def quickly_composed(verb: str, *arguments: str) -> Any:
     register_schemas()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         overrides = [quote_override(argument, schema, multirun=False) for argument in arguments]
-        return to_object(compose(verb, overrides=[*QUIET_HYDRA, *overrides]), schema)
+        return to_object(compose(VERBS[verb].config_name, overrides=[*QUIET_HYDRA, *overrides]), schema)
 
 
 def command(

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megakor.config import checks
+from megakor.config import checks, verb_checks
 from megakor.config.checks import OWNED_DEEPSPEED_KEYS, check, check_fit
 from tests.config.commands import NEEDED, composed, quickly_composed
 
@@ -135,6 +135,37 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ],
     ("pretrain", ["checkpoint.interval=0"], "checkpoint.interval=0", "be above 0"),
     ("pretrain", ["checkpoint.keep_last=-1"], "checkpoint.keep_last=-1", "be at least 0"),
+    *[
+        ("pretrain", [f"checkpoint.{name}=-1"], f"checkpoint.{name}=-1", "be at least 0")
+        for name in ("keep_every", "restart_interval")
+    ],
+    ("pretrain", ["checkpoint.keep_every=1500"], "checkpoint.interval=1000",
+     "divide checkpoint.keep_every=1500"),
+    *[
+        ("pretrain", [f"health.{name}=0"], f"health.{name}=0", "be above 0")
+        for name in ("skip_limit", "spike_window")
+    ],
+    ("pretrain", ["health.spike_threshold=0"], "health.spike_threshold=0.0", "be above 0"),
+    ("pretrain", ["health.hang_seconds=0"], "health.hang_seconds=0.0", "be above 0"),
+    *[
+        ("pretrain", [f"health.{name}=-1"], f"health.{name}=-1", "be at least 0")
+        for name in ("spike_skip", "roll_back_limit", "replica_check_interval")
+    ],
+    ("pretrain", ["health.hang_seconds=1800"], "health.hang_seconds=1800.0", "be below 1800"),
+    ("pretrain", ["health.replica_check_interval=5", "parallel.zero_stage=3"], "health.replica_check_interval=5",
+     "leaves no replicas to compare"),
+    ("pretrain", ["health.on_spike=act", "data.train=null", "+data.dataset.path=json"], "health.on_spike=act",
+     "a stretch can be left out of shards alone"),
+    ("instruct", ["health.on_spike=act"], "health.on_spike=act", "of pretraining shards alone"),
+    ("pretrain", ["launch.num_ranks=0"], "launch.num_ranks=0", "be above 0"),
+    ("pretrain", ["launch.restarts=-1"], "launch.restarts=-1", "be at least 0"),
+    ("pretrain", ["launch.pause_seconds=-1"], "launch.pause_seconds=-1.0", "be at least 0"),
+    ("evaluate", ["cache_size=0"], "cache_size=0", "be above 0"),
+    ("drill", ["faults=0"], "faults=0", "be above 0"),
+    ("drill", ["patience_seconds=0"], "patience_seconds=0.0", "be above 0"),
+    ("drill", ["num_ranks=3"], "num_ranks=3", "be an even number"),
+    ("drill", ["data=d"], "data=d", "come with tokenizer"),
+    ("drill", ["run=."], "run=.", "be a folder of its own"),
     ("pretrain", ["checkpoint.resume=always"], "checkpoint.resume=always", "be auto or never"),
     ("pretrain", ["checkpoint.upload=''"], "checkpoint.upload=", "be a folder or an address other than run="),
     ("pretrain", ["run=runs/a", "checkpoint.upload=runs/a"], "checkpoint.upload=runs/a", "other than run=runs/a"),
@@ -245,7 +276,8 @@ def test_what_instruct_learns_from_its_base_is_checked_too() -> None:
 def test_every_rule_is_broken_by_a_test() -> None:
     """Keys that a check names literally, all of which have a bad value above."""
     named: set[str] = set()
-    for node in ast.walk(ast.parse(inspect.getsource(checks))):
+    source = inspect.getsource(checks) + inspect.getsource(verb_checks)
+    for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)

@@ -17,7 +17,7 @@ TOKENS = {"1_3b_polyglot": 213e9, "3_8b_polyglot": 219e9, "5_8b_polyglot": 172e9
 
 
 def test_every_yaml_belongs_to_a_test() -> None:
-    known = {f"{verb}.yaml" for verb in VERBS}
+    known = {f"{verb.config_name}.yaml" for verb in VERBS.values()}
     known |= {f"experiment/{name}.yaml" for name in EXPERIMENTS} | {f"model/{name}.yaml" for name in MODELS}
     folder = config_folder()
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == known

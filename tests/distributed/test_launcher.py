@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megakor.train.exit_record import ExitRecord, read_exit
+from megakor.train.metrics import read_metrics
 from tests.config.commands import ROOT, quickly_composed
 from tests.distributed.runs import Job, Made, curve, run_all, validation
 from tests.ranks import free_port
@@ -101,6 +103,25 @@ def test_the_same_command_goes_on_after_a_kill(made: Made, tmp_path: Path) -> No
     assert sorted(tmp_path.iterdir()) == sorted([whole, killed])  # nothing beside the run folders
     assert curve(killed) == curve(whole)
     assert validation(killed) == validation(whole)
+
+
+def test_launch_starts_again_after_a_kill(made: Made, tmp_path: Path) -> None:
+    """A rank dies; `megakor launch` starts the run again, which ends as if nothing had been, and says so."""
+    whole, killed = tmp_path / "끊김 없이", tmp_path / "끊긴 실행"
+    assert [error for error, _ in run_all(2, [Job(quickly_composed("pretrain", *overrides(made, whole)))])] == [None]
+    command = [sys.executable, "-m", "megakor", "launch", "pretrain", *overrides(made, killed), "launch.num_ranks=2",
+               "launch.restarts=3", "launch.pause_seconds=0.1"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    kill_in_the_middle(process, killed, rank=1, step=12)
+    status, errors = finish(process)
+    assert status == 0, errors
+    assert "start 1 of run=" in errors
+    assert "restart 1 of 3 in 0 s" in errors
+    assert "finished after step 30" in errors
+    assert len([record for record in read_metrics(killed) if record["kind"] == "start"]) == 2
+    assert curve(killed) == curve(whole)
+    assert read_exit(killed) == ExitRecord("finished", "", 30, "step-00000030", 2)
 
 
 def test_a_bad_run_folder_under_the_launcher_is_one_clear_line(made: Made, tmp_path: Path) -> None:

@@ -152,11 +152,17 @@ def chained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def digests(run: Path) -> dict[int, str]:
+    """Of the rows of each step's global batch."""
+    return {record["step"]: record["batch_digest"] for record in read_metrics(run) if record["kind"] == "train"}
+
+
 @pytest.mark.parametrize("name", CHAINS)
 def test_resume_in_another_layout(chained: Path, name: str) -> None:
     attempts = [r["step"] for r in read_metrics(chained / name) if r["kind"] == "start"]
     assert attempts == list(range(0, STEPS, 2))
     found, expected = curve(chained / name), curve(chained / f"{name}, one rank")
+    assert digests(chained / name) == digests(chained / f"{name}, one rank")
     assert [row[0] for row in found] == [row[0] for row in expected] == list(range(1, STEPS + 1))
     for row, other in zip(found, expected, strict=True):
         assert row[1] == pytest.approx(other[1], rel=1e-5)

@@ -159,7 +159,7 @@ def test_forgetting_is_as_if_the_steps_had_not_been() -> None:
 def test_a_refilled_rule_is_the_one_that_was(tmp_path: Path) -> None:
     """Through the file: with a spike, a roll-back that takes it and the steps before it out, and steps not finite."""
     curve = falling(2, num_steps=700)
-    curve[650] = (651, math.nan, math.nan)
+    curve[650], curve[690] = (651, math.nan, math.nan), (691, math.nan, 1.0)
     curve[660] = (661, curve[660][1] + 2.0, curve[660][2])
     live = SpikeRule()
     quiet = LoggingConfig(wandb=WandbMode.disabled)
@@ -173,11 +173,18 @@ def test_a_refilled_rule_is_the_one_that_was(tmp_path: Path) -> None:
             metrics.write("validation", last, set="heldout", loss=2.0)
     records: list[dict[str, Any]] = read_metrics(tmp_path)
     refilled = SpikeRule()
-    refilled.observe(9999, 1.0, 1.0)
     refilled.refill(records)
     assert refilled.history == live.history
+    assert 691 not in [step for step, _ in refilled.history["loss"]]
     assert 661 not in [step for step, _ in refilled.history["loss"]]
     assert len(refilled.history["loss"]) == 128
+
+
+def test_refilling_starts_afresh() -> None:
+    rule = SpikeRule()
+    rule.observe(1, 9.0, 1.0)
+    rule.refill([{"kind": "train", "step": 5, "loss": 3.0, "grad_norm": 1.0}])
+    assert list(rule.history["loss"]) == [(5, 3.0)]
 
 
 @pytest.mark.parametrize(

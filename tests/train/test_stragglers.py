@@ -53,7 +53,7 @@ class Model(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, again: bool = False) -> torch.Tensor:
         if again:
-            hidden_states = self(hidden_states)
+            hidden_states = self(self.blocks[0](hidden_states))
         for block in self.blocks:
             hidden_states = checkpoint(block, hidden_states, use_reentrant=False)
         return hidden_states
@@ -77,7 +77,7 @@ def test_a_pass_within_a_pass_counts_once(clock: Clock) -> None:
     model = Model(clock)
     times = ForwardTimes(model)
     model(batch(), again=True)
-    assert times.take() == 4.0
+    assert times.take() == 5.0
 
 
 def test_evaluation_does_not_count(clock: Clock) -> None:

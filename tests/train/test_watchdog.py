@@ -60,7 +60,7 @@ def loops(folder: Path) -> None:
 
 
 def lags(folder: Path) -> None:
-    """Rank 1 sleeps in a step, the others wait for it when they evaluate."""
+    """Rank 1 sleeps in a step, rank 2 waits for it when it evaluates, and rank 0 goes on without an end."""
     with watched(folder) as dog:
         dog.beat(1)
         train_step()
@@ -68,7 +68,11 @@ def lags(folder: Path) -> None:
         if dist.get_rank() == 1:
             sleeping_for_ever()
         dog.beat(2, "evaluating")
-        train_step()
+        if dist.get_rank() == 2:
+            train_step()
+        while True:
+            dog.beat(2, "evaluating")
+            time.sleep(0.1)
 
 
 def leaves(folder: Path) -> None:
@@ -97,11 +101,11 @@ def slow(folder: Path) -> None:
 
 @dataclass
 class Ended:
-    """How the ranks of a job ended, and after how many seconds."""
+    """How the ranks of a job ended, and when (seconds since the epoch)."""
 
     folder: Path
     statuses: list[int | None]
-    seconds: list[float]
+    times: list[float]
 
     def log(self, rank: int) -> str:
         return (self.folder / f"{rank}.log").read_text()
@@ -134,7 +138,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable, Ended]:
         for job, found in jobs.items():
             for rank, process in enumerate(processes[job]):
                 if found.statuses[rank] is None and process.exitcode is not None:
-                    found.statuses[rank], found.seconds[rank] = process.exitcode, time.monotonic() - start
+                    found.statuses[rank], found.times[rank] = process.exitcode, time.time()
         time.sleep(0.05)
     for process in itertools.chain(*processes.values()):
         process.kill()
@@ -152,7 +156,9 @@ def test_a_sleeping_rank_ends_the_run_and_is_named(ended: dict[Callable, Ended])
         assert f"hang-rank-{rank:05d}.txt" in error
         assert ("sleeping_for_ever" in job.stacks(rank)) is (rank == 2)
         assert "in steps_until" in job.stacks(rank)
-    assert max(job.seconds) - min(job.seconds) < SECONDS + watchdog.LINGER_SECONDS
+        written = (job.folder / f"hang-rank-{rank:05d}.txt").stat().st_mtime
+        assert min(job.times) - written > 0.7 * watchdog.LINGER_SECONDS, "no rank ends before all have written"
+    assert max(job.times) - min(job.times) < SECONDS + watchdog.LINGER_SECONDS
 
 
 def test_a_rank_whose_lock_is_held_is_named_by_the_other(ended: dict[Callable, Ended]) -> None:
@@ -185,13 +191,16 @@ def test_a_slow_run_that_beats_is_left_alone(ended: dict[Callable, Ended]) -> No
     assert "error" not in job.log(0)
 
 
-def test_closing_is_prompt(tmp_path: Path) -> None:
+def test_closing_is_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disarmed: list[bool] = []
+    monkeypatch.setattr(watchdog.faulthandler, "cancel_dump_traceback_later", lambda: disarmed.append(True))
     with Watchdog(tmp_path, 60, None, 0, 1) as dog:
         dog.beat(1)
         assert [thread.name for thread in threading.enumerate()].count("watchdog") == 1
         start = time.monotonic()
     assert time.monotonic() - start < watchdog.POLL_SECONDS / 2
     assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+    assert disarmed
     assert not list(tmp_path.iterdir())
 
 

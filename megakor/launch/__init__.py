@@ -1,0 +1,1 @@
+"""Starting runs under the launcher, and starting them again."""
