@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ class CheckpointValues:
         self.index = self.manifest.check_sizes(folder)
         self.with_optimizer = with_optimizer
         self.vocab_size: int = vocab_size or self.manifest.model.get("vocab_size", 0)
-        self._files = OpenFiles(folder)
+        self._files, self._local = OpenFiles(folder), threading.local()
         allow_open_files(len(self.manifest.files))
 
     def __enter__(self) -> CheckpointValues:
@@ -134,13 +135,20 @@ class CheckpointValues:
                 if a < b:
                     self._run(out[a - left - start : b - left - start], key, index, a - index * saved_width)
             elif first < last:
-                values = torch.empty(last_row - first_row, saved_width)
+                values = self._scratch((last_row - first_row) * saved_width).view(-1, saved_width)
                 self._run(values.view(-1), key, index, first_row * saved_width)
-                rows[:, first - left : last - left] = values[
-                    :, first - index * saved_width : last - index * saved_width
-                ]
+                own = slice(first - index * saved_width, last - index * saved_width)
+                # By numpy: torch would start a team of threads for each of ours.
+                rows.numpy()[:, first - left : last - left] = values.numpy()[:, own]
         if leading > 1 and not whole_rows:
             out.copy_(rows.view(-1)[start - first_row * width : stop - first_row * width])
+
+    def _scratch(self, size: int) -> torch.Tensor:
+        """Memory of this thread for so many elements, used again: new memory costs as much as reading into it."""
+        scratch: torch.Tensor | None = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.numel() < size:
+            self._local.scratch = scratch = torch.empty(size, dtype=torch.float32)
+        return scratch[:size]
 
     def _run(self, out: torch.Tensor, key: str, shard: int, start: int) -> None:
         """Elements from `start` on of a flattened shard as it was saved."""

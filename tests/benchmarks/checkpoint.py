@@ -5,7 +5,7 @@
 One process holds the fp32 weights and both moments of a model. Each round does all of these in turn, in an order of its
 own, so that a busy moment of the machine or the disk meets all alike; ratios are medians over rounds of figures of one
 round. All writers sync their files, so that the disk is counted. All readers read what the page cache holds, into
-memory that is there already.
+memory that is there already. The newest checkpoint is whole until the next one is: all writers write a new file first.
 
 - save_bandwidth_ratio: `torch.save` over a synchronous save, with SHA-256, table and manifest (above 1: we are faster)
 - load_bandwidth_ratio: `torch.load` and a copy into the live tensors, over a load
@@ -98,10 +98,13 @@ def load(folder: Path, pieces: list[Piece]) -> None:
 
 
 def torch_save(path: Path, pieces: list[Piece]) -> None:
-    with path.open("wb") as file:
+    """Into a new file that takes the old one's place, as ours do: memory for its pages costs both the same."""
+    aside = path.with_suffix(".new")
+    with aside.open("wb") as file:
         torch.save({f"{piece.state}/{piece.name}": piece.values for piece in pieces}, file)
         file.flush()
         os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def torch_load(path: Path, pieces: list[Piece]) -> None:
