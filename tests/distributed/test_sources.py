@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from megakor.checkpoint.format import CheckpointManifest
-from megakor.config.schema import EvaluateConfig, TraceConfig
+from megakor.config.schema import EvaluateConfig, PretrainConfig, TraceConfig
 from megakor.data.indexed import IndexedReader, IndexedWriter
 from megakor.data.source import Source
 from megakor.evaluate.bits_per_byte import evaluate
@@ -19,7 +20,7 @@ from megakor.trace.trace import trace
 from megakor.train.metrics import read_metrics
 from tests.data.conftest import KEYS
 from tests.data.faulty import s3_server
-from tests.distributed.runs import Job, Made, configuration, curve, run_jobs, validation
+from tests.distributed.runs import Job, Made, configuration, curve, run_job, run_jobs, validation
 from tests.ranks import run_ranks
 
 MIXED = {"data__train": None, "data__weights": {"글": 3.0, "다른 글": 1.0}, "train__batch_sizes": {20: 4},
@@ -109,3 +110,20 @@ def test_a_dataset_as_it_is_read(made: Made, tmp_path: Path) -> None:
     assert saved.data["data.dataset"]["path"] == "json"
     with pytest.raises(ValueError, match=r"the steps of data\.dataset cannot be traced"):
         trace(TraceConfig(run=str(tmp_path / "whole"), step=1))
+
+
+def run_elsewhere(config: PretrainConfig, other: str) -> tuple[str | None, list[str]]:
+    """A run whose rank 1 finds other shards under the same path, as on a node with a disk of its own."""
+    if dist.get_rank() == 1:
+        config.data.train = other
+    return run_job(Job(config))
+
+
+def test_ranks_with_other_shards_are_refused(made: Made, tmp_path: Path) -> None:
+    answers = run_ranks(run_elsewhere, 2, configuration(made, tmp_path / "run", data__validation={}), made.heldout)
+    errors = {error for error, _ in answers}
+    assert len(errors) == 1
+    (error,) = errors
+    assert error is not None
+    assert "data.train=" in error
+    assert "on rank 1 must equal rank 0's" in error
