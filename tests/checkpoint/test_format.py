@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from megakor.checkpoint.format import MANIFEST, CheckpointManifest
 from megakor.checkpoint.reader import CheckpointValues, newest_whole
+from megakor.files import sha256_of
 from tests.checkpoint.pieces import edit, manifest, retable, save
 
 
@@ -180,3 +182,31 @@ def test_every_flipped_bit_is_noticed(saved: Path) -> None:
             CheckpointManifest.load(saved).check_contents(saved)
     file.write_bytes(data)
     CheckpointManifest.load(saved).check_contents(saved)
+
+
+class Bomb:
+    """Pickled, it runs code when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(("name", "refused"), [
+    ("manifest.json", True), ("pieces.parquet", True), ("rank-00000.safetensors", True), ("model.bin", False),
+])  # fmt: skip
+def test_a_pickle_with_code_in_it(saved: Path, tmp_path: Path, name: str, refused: bool) -> None:
+    """In any place of a checkpoint, entered in the manifest as if it belonged there: it is refused, or not looked into."""
+    mark = tmp_path / "ran"
+    (saved / name).write_bytes(pickle.dumps(Bomb(mark)))
+    if name != "manifest.json":
+        entry = {"size": (saved / name).stat().st_size, "sha256": sha256_of(saved / name)}
+        edit(saved, lambda raw: raw["files"].update({name: entry}))
+    with pytest.raises(ValueError, match="must") if refused else nullcontext(), CheckpointValues(saved) as values:
+        values.manifest.check_contents(saved)
+        values.read("weight", "gpt_neox.final_layer_norm.weight", 0, 4)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Bomb(mark)))
+    assert mark.exists()

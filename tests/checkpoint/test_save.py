@@ -182,6 +182,19 @@ def test_a_full_disk(small_disk: Path, alone: None) -> None:
     assert save(small_disk, 100) == newest_whole(small_disk, contents=True)  # there is space again
 
 
+def test_a_read_only_folder(small_disk: Path, alone: None) -> None:
+    save(small_disk, 5)
+    before = snapshot(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    error = attempt(small_disk, 10)
+    assert error is not None
+    assert "step-00000010" in error
+    assert "Read-only file system" in error
+    assert "untouched" in error
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert snapshot(small_disk) == before
+
+
 def fail_on(run: Path, bad_rank: int, size: int) -> str:
     """One good checkpoint, then one that a rank has no space for. Returns what each rank was told."""
     save_cut(run, 5, seed=0)

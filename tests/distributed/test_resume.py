@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
-from megakor.checkpoint.format import CheckpointManifest
+from megakor.checkpoint.format import CheckpointManifest, committed
 from megakor.checkpoint.reader import load_model, newest_whole, read_weights
 from megakor.config.schema import ActivationCheckpointing, ExportConfig, Precision
 from megakor.interop.huggingface import export
@@ -241,6 +242,46 @@ def test_what_may_change_on_a_resume(started: Path, made: Made, tmp_path: Path) 
     [[(error, _)]] = run_ranks(run_jobs, 1, [Job(configuration(made, tmp_path / "run", **changes))])
     assert error is None
     assert [row[0] for row in curve(tmp_path / "run")] == list(range(1, 15))
+
+
+def test_another_padding_of_the_vocabulary(started: Path, made: Made, tmp_path: Path) -> None:
+    """More rows, then fewer: they take no part, so the curve stays; Adafactor's means count them, so it is refused."""
+    shutil.copytree(started, tmp_path / "run")
+    shutil.copytree(started, tmp_path / "whole")
+    whole = Job(configuration(made, tmp_path / "whole", checkpoint__interval=3))
+    wide = {"checkpoint__interval": 3, "model__make_vocab_size_divisible_by": 1024}
+    jobs = [
+        whole,
+        Job(configuration(made, tmp_path / "run", **wide), stop=9),
+        Job(configuration(made, tmp_path / "run", checkpoint__interval=3, model__make_vocab_size_divisible_by=2)),
+        Job(configuration(made, tmp_path / "adafactor", **ADAFACTOR), stop=3),
+        Job(configuration(made, tmp_path / "adafactor", **ADAFACTOR | {"model__make_vocab_size_divisible_by": 1024})),
+    ]
+    jobs[3].config.checkpoint.interval = 3
+    [answers] = run_ranks(run_jobs, 1, jobs)
+    assert [error for error, _ in answers[:4]] == [None] * 4
+    rows = [CheckpointManifest.load(folder).model["vocab_size"] for folder in committed(tmp_path / "run")]
+    assert len(set(rows)) == 3
+    for row, other in zip(curve(tmp_path / "run"), curve(tmp_path / "whole"), strict=True):
+        assert row[1:] == pytest.approx(other[1:], rel=1e-5)
+    error, _ = answers[4]
+    assert error is not None
+    assert "model.make_vocab_size_divisible_by=1024 must be" in error
+
+
+def test_a_folder_takes_one_run_at_a_time(started: Path, made: Made, tmp_path: Path) -> None:
+    shutil.copytree(started, tmp_path / "run")
+    (tmp_path / "run" / ".lock").write_text("process 7 on 어딘가")
+    job = Job(configuration(made, tmp_path / "run"))
+    with FileLock(tmp_path / "run" / ".lock"):
+        (tmp_path / "run" / ".lock").write_text("process 7 on 어딘가")
+        before = snapshot(tmp_path / "run")
+        [[(error, _)]] = run_ranks(run_jobs, 1, [job])
+        assert snapshot(tmp_path / "run") == before
+    assert error is not None
+    assert "must be a folder that no other run is using; one is: process 7 on 어딘가" in error
+    [[(error, _)]] = run_ranks(run_jobs, 1, [job])  # it is free again, though the file is there
+    assert error is None
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(started: Path, made: Made, tmp_path: Path) -> None:
