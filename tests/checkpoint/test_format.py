@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -198,7 +199,7 @@ class Bomb:
     ("manifest.json", True), ("pieces.parquet", True), ("rank-00000.safetensors", True), ("model.bin", False),
 ])  # fmt: skip
 def test_a_pickle_with_code_in_it(saved: Path, tmp_path: Path, name: str, refused: bool) -> None:
-    """In any place of a checkpoint, entered in the manifest as if it belonged there: it is refused, or not looked into."""
+    """In any place of a checkpoint, entered as if it belonged there: it is refused, or not looked into."""
     mark = tmp_path / "ran"
     (saved / name).write_bytes(pickle.dumps(Bomb(mark)))
     if name != "manifest.json":
