@@ -1,4 +1,4 @@
-"""The real command under the real launcher: a rank is killed, and the same command goes on."""
+"""The real command under the real launcher: a rank is killed, and the run goes on."""
 
 from __future__ import annotations
 
@@ -80,31 +80,6 @@ def kill_in_the_middle(process: subprocess.Popen[str], run: Path, rank: int, ste
     raise AssertionError(f"step {step} was not reached")
 
 
-def test_the_same_command_goes_on_after_a_kill(made: Made, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "끊김 없이", tmp_path / "끊긴, 실행"
-    config = quickly_composed("pretrain", *overrides(made, whole))
-    assert [error for error, _ in run_all(2, [Job(config)])] == [None]  # never interrupted, and without a launcher
-    assert [row[0] for row in curve(whole)] == list(range(1, NUM_STEPS + 1))
-
-    process = start(made, killed)
-    kill_in_the_middle(process, killed, rank=1, step=12)
-    status, _ = finish(process, timeout=60)
-    assert status != 0
-    assert len(curve(killed)) < NUM_STEPS
-
-    status, errors = finish(start(made, killed))
-    assert status == 0, errors
-    assert "Traceback" not in errors
-    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [
-        "latest",
-        "step-00000025",
-        "step-00000030",
-    ]
-    assert sorted(tmp_path.iterdir()) == sorted([whole, killed])  # nothing beside the run folders
-    assert curve(killed) == curve(whole)
-    assert validation(killed) == validation(whole)
-
-
 def test_launch_starts_again_after_a_kill(made: Made, tmp_path: Path) -> None:
     """A rank dies; `megakor launch` starts the run again, which ends as if nothing had been, and says so."""
     whole, killed = tmp_path / "끊김 없이", tmp_path / "끊긴 실행"
@@ -120,7 +95,15 @@ def test_launch_starts_again_after_a_kill(made: Made, tmp_path: Path) -> None:
     assert "restart 1 of 3 in 0 s" in errors
     assert "finished after step 30" in errors
     assert len([record for record in read_metrics(killed) if record["kind"] == "start"]) == 2
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000025",
+        "step-00000030",
+    ]
+    assert sorted(tmp_path.iterdir()) == sorted([whole, killed])  # nothing beside the run folders
     assert curve(killed) == curve(whole)
+    assert validation(killed) == validation(whole)
     assert read_exit(killed) == ExitRecord("finished", "", 30, "step-00000030", 2)
 
 
@@ -136,25 +119,12 @@ def test_a_bad_run_folder_under_the_launcher_is_one_clear_line(made: Made, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (
-            ["train.sequence_length=60000", "model.max_position_embeddings=60000"],
-            ["sequence_length=60000 must be below"],
-        ),
-        (["parallel.pipeline_parallel_size=2", "parallel.data_parallel_size=2"], ["parallel.data_parallel_size=2"]),
-        (["data.tokenizer=/없는/곳"], ["/없는/곳"]),
-    ],
-)
-def test_errors_that_every_rank_meets_are_told_once(
-    made: Made, tmp_path: Path, arguments: list[str], words: list[str]
-) -> None:
+def test_an_error_that_every_rank_meets_is_told_once(made: Made, tmp_path: Path) -> None:
+    arguments = ["parallel.pipeline_parallel_size=2", "parallel.data_parallel_size=2"]
     status, errors = finish(start(made, tmp_path / "run", *arguments))
     assert status != 0
     ours = [line for line in errors.splitlines() if line.startswith("megakor pretrain: error: ")]
     assert len(ours) == 1, errors
-    for word in words:
-        assert word in ours[0]
+    assert "parallel.data_parallel_size=2" in ours[0]
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, FileEntry, TensorEntry, step_folder
+from megakor.checkpoint.format import WEIGHT, CheckpointManifest, step_folder
+from megakor.checkpoint.save import commit, write_pieces
 from megakor.config.schema import ModelConfig, TokenizerKind, TrainTokenizerConfig
-from megakor.files import sha256_of
-from megakor.model.parameters import parameter_specs
+from megakor.model.parameters import WHOLE, parameter_specs
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.tokenizer.train import train_tokenizer
+from megakor.train.optimizer import Piece
 
 HANGUL = [chr(code) for code in range(0xAC00, 0xD7A4)]
 
@@ -94,14 +94,14 @@ MODEL = ModelConfig(
 
 def write_run(run: Path, tokenizer: Tokenizer, model: ModelConfig, seed: int = 0) -> Path:
     """A run folder with one checkpoint of random weights, large enough for logits to differ between tokens."""
-    folder = step_folder(run, 100)
-    folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    weights = {spec.name: torch.randn(spec.shape, generator=generator) * 0.15 for spec in parameter_specs(model)}
-    save_file(
-        {f"{WEIGHT}/{name}@0": tensor.flatten() for name, tensor in weights.items()}, folder / "rank-00000.safetensors"
-    )
-    file = folder / "rank-00000.safetensors"
+    pieces = []
+    for spec in parameter_specs(model):
+        values = torch.randn(spec.shape, generator=generator).flatten() * 0.15
+        pieces.append(Piece(WEIGHT, spec.name, spec.shape, WHOLE, 0, values, True))
+    folder, aside = step_folder(run, 100), run / "aside"
+    folder.parent.mkdir(parents=True)
+    aside.mkdir()
     manifest = CheckpointManifest(
         step=100,
         num_tokens=tokenizer.vocab_size,
@@ -110,13 +110,10 @@ def write_run(run: Path, tokenizer: Tokenizer, model: ModelConfig, seed: int = 0
         optimizer={},
         data={},
         train={},
-        files={file.name: FileEntry(file.stat().st_size, sha256_of(file))},
-        tensors={
-            f"{WEIGHT}/{name}": TensorEntry(list(tensor.shape), 0, 1, [(file.name, 0, 0, tensor.numel())])
-            for name, tensor in weights.items()
-        },
     )
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    written = write_pieces(aside, 0, pieces)
+    assert written is not None
+    commit(aside, folder, manifest, [written])
     shutil.copytree(tokenizer.folder, run / "tokenizer")
     (run / "config.yaml").write_text("name: 말뭉치-시험\ntrain:\n  num_steps: 100\n", encoding="utf-8")
     records = [
