@@ -187,6 +187,12 @@ def check_survival(config: EngineConfig) -> None:
             health.replica_check_interval, rule)  # fmt: skip
 
 
+def check_best(config: EngineConfig, names: list[str]) -> None:
+    """Raise unless the set whose best checkpoint stays is one that is evaluated."""
+    best = config.checkpoint.keep_best
+    require(best is None or best in names, "checkpoint.keep_best", best, f"name one of the held-out sets: {names}")
+
+
 def check_deepspeed(section: dict[str, Any]) -> None:
     """The pass-through section may not set what megakor sets."""
     for key, ours in OWNED_DEEPSPEED_KEYS.items():
@@ -259,6 +265,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     check_engine(config)
     check_fit(config, config.model)
     check_data(config.data)
+    check_best(config, list(config.data.validation))
     rule = "be off or warn with data.dataset: a stretch can be left out of shards alone"
     acts = config.health.on_spike is OnSpike.act
     require(not (acts and config.data.dataset), "health.on_spike", config.health.on_spike.value, rule)
@@ -280,6 +287,7 @@ def check_instruct(config: InstructConfig) -> None:
     rule = "be {}: a pair stays whole"
     require(not config.train.sequence_lengths, "train.sequence_lengths", config.train.sequence_lengths, rule)
     check_pairs(config.pairs)
+    check_best(config, ["pairs"])
     rule = "be off or warn: a stretch can be left out of pretraining shards alone"
     require(config.health.on_spike is not OnSpike.act, "health.on_spike", config.health.on_spike.value, rule)
 
