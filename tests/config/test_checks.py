@@ -139,9 +139,9 @@ BAD: list[tuple[str, list[str], str, str]] = [
         ("pretrain", [f"checkpoint.{name}=-1"], f"checkpoint.{name}=-1", "be at least 0")
         for name in ("keep_every", "restart_interval")
     ],
-    ("pretrain", ["checkpoint.keep_best=뉴스", "+data.validation.위키=v"], "checkpoint.keep_best=뉴스",
-     "name one of the held-out sets: ['위키']"),
-    ("instruct", ["checkpoint.keep_best=위키"], "checkpoint.keep_best=위키", "name one of the held-out sets: ['pairs']"),
+    ("pretrain", ["checkpoint.keep_best=news", "+data.validation.wiki=v"], "checkpoint.keep_best=news",
+     "name one of the held-out sets: ['wiki']"),
+    ("instruct", ["checkpoint.keep_best=news"], "checkpoint.keep_best=news", "held-out sets: ['pairs']"),
     ("pretrain", ["checkpoint.keep_every=1500"], "checkpoint.interval=1000",
      "divide checkpoint.keep_every=1500"),
     *[
