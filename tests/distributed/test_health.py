@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from tests.distributed.runs import Job, Made, configuration, curve, run_job, zer
 from tests.ranks import run_ranks
 
 Change = Callable[[Engine, int, Callable[[], StepResult]], StepResult]
+
+
+def never_ending() -> None:
+    time.sleep(1000)
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Trouble:
             for piece in engine.pieces:
                 if (piece.state, piece.name) == ("weight", "gpt_neox.final_layer_norm.weight"):
                     piece.values.view(torch.int32)[3] ^= 1 << 12
+        if self.kind == "hang" and mine:
+            never_ending()
         if self.kind == "nan" and mine:
             engine.built.named[0][1].register_hook(lambda gradient: gradient * math.nan)
         found = result()
@@ -213,6 +220,21 @@ def test_a_resume_repeats_what_was_left_out(ran: tuple[Path, dict], made: Made) 
     answers, _ = run_ranks(run_both, 2, [(longer, None), (expected, None)])
     assert [error for error, _ in answers] == [None, None]
     assert curve(folder / "spike")[-2:] == curve(folder / "skipped")[-2:]
+
+
+def test_a_hang_ends_the_run_and_names_the_rank(ran: tuple[Path, dict], made: Made) -> None:
+    """Every rank writes its stacks; the next start goes on as if nothing had been."""
+    folder, _ = ran
+    config = configuration(made, folder / "hang", **STEPS | {"health__hang_seconds": 3.0})
+    run_ranks(run_both, 2, [(config, Trouble("hang", 5))], killed=True)
+    stacks = [(folder / f"hang/hang-rank-0000{rank}.txt").read_text() for rank in range(2)]
+    assert "rank 1 in step 5 (training)" in stacks[1]
+    assert "never_ending" in stacks[1]
+    assert "rank 0 in step 5 (training)" in stacks[0]
+    assert "train_step" in stacks[0]
+    answers, _ = run_ranks(run_both, 2, [(config, None)])
+    assert [error for error, _ in answers] == [None]
+    assert curve(folder / "hang") == curve(folder / "whole")
 
 
 def test_lists_of_what_was_left_out(tmp_path: Path) -> None:
