@@ -49,7 +49,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]  # 5: none of them is asked for
-	$(BIN)/python -m pytest -m 'not alone' -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'not alone' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -m tests.distributed.matrix

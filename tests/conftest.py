@@ -12,8 +12,15 @@ import torch.distributed as dist
 from tests.data.conftest import KEYS, Bucket
 from tests.data.faulty import Faulty, s3_server
 
+LONGEST = ("test_readme", "test_resume", "test_drill", "test_matrix", "test_guard", "test_launcher", "test_killed")
+"""Files that take a minute or more: begun first, so that no worker is left alone with one at the end."""
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")
