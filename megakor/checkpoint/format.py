@@ -32,6 +32,7 @@ LATEST = "latest"
 FOLDER = "checkpoints"
 PREFIX = "step-"
 ASIDE = ".writing"
+REMOVED = ".removed"
 FETCHING = ".fetching"  # aside, too, on the way from object storage
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megakor.checkpoint.format import CheckpointManifest, committed, step_of
+from megakor.checkpoint.format import REMOVED, CheckpointManifest, committed, step_of
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,13 @@ def prune(run: Path, step: int, keep: Keep, spared: Collection[int] = ()) -> lis
     going = set(keep.goes(list(whole.values()))) if whole else set()
     gone = [folder for folder, manifest in whole.items() if manifest.step in going and manifest.step not in spared]
     for folder in gone:
-        shutil.rmtree(folder)
+        discard(folder)
     return gone
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so that nothing half removed bears a checkpoint's name."""
+    going = folder.with_name(folder.name + REMOVED)
+    shutil.rmtree(going, ignore_errors=True)  # of a removal that was cut off
+    folder.rename(going)
+    shutil.rmtree(going)

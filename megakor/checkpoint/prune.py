@@ -13,14 +13,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from megakor.checkpoint.format import ASIDE, FOLDER, LATEST, CheckpointManifest, load_whole
+from megakor.checkpoint.format import ASIDE, FOLDER, LATEST, REMOVED, CheckpointManifest, load_whole
 from megakor.checkpoint.inventory import checkpoints_of, is_checkpoint, latest_of
-from megakor.checkpoint.keep import Keep
+from megakor.checkpoint.keep import Keep, discard
 from megakor.config.schema import CheckpointPruneConfig
-from megakor.files import atomic_write, sync
+from megakor.files import atomic_write
 
 LOCK = ".lock"
 """In the run folder; a run that is going on holds it."""
+
+LEFT = (ASIDE, REMOVED)
+"""How folders end that a save or a removal left when it was cut off."""
 
 
 def prune_run(config: CheckpointPruneConfig) -> None:
@@ -50,7 +53,7 @@ def prune_run(config: CheckpointPruneConfig) -> None:
         stays = [folder for folder in whole if folder not in gone]
         if config.damaged:
             gone += damaged
-            gone += sorted((run / FOLDER).glob(f"*{ASIDE}"))
+            gone += sorted(path for path in (run / FOLDER).iterdir() if path.name.endswith(LEFT))
         total = sum(remove(folder, config.dry_run) for folder in gone)
         if not config.dry_run and not (run / FOLDER / str(latest_of(run / FOLDER))).is_dir():
             with atomic_write(run / FOLDER / LATEST) as stream:
@@ -106,11 +109,6 @@ def remove(folder: Path, dry_run: bool) -> int:
     """Remove a folder of checkpoints and say so; returns its bytes."""
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if not dry_run:
-        going = folder if folder.name.endswith(ASIDE) else folder.with_name(f"{folder.name}.removed{ASIDE}")
-        if going != folder:
-            shutil.rmtree(going, ignore_errors=True)
-            folder.rename(going)
-            sync(going.parent)
-        shutil.rmtree(going)
+        shutil.rmtree(folder) if folder.name.endswith(LEFT) else discard(folder)
     print(f"{'would remove' if dry_run else 'removed'} {folder} ({tqdm.format_sizeof(num_bytes, 'B')})", flush=True)
     return num_bytes

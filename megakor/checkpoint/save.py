@@ -26,13 +26,14 @@ from megakor.checkpoint.format import (
     LATEST,
     MANIFEST,
     PIECES,
+    REMOVED,
     CheckpointManifest,
     FileEntry,
     TensorEntry,
     piece_key,
     step_folder,
 )
-from megakor.checkpoint.keep import Keep, prune
+from megakor.checkpoint.keep import Keep, discard, prune
 from megakor.checkpoint.pieces import Held, PieceIndex
 from megakor.checkpoint.tensors import write_tensors
 from megakor.files import atomic_write, share, sync
@@ -141,7 +142,7 @@ class Saver:
         folder = step_folder(self.run, manifest.step)
         aside = folder.with_name(folder.name + ASIDE)
         try:
-            on_first_rank(lambda: make_empty(aside))
+            on_first_rank(lambda: self._make_empty(aside))
         except OSError as error:
             raise OSError(f"{telling(folder)[0]}: {error}; {telling(folder)[1]}") from error
         pieces = self._copy() if self.asynchronous else self.pieces
@@ -207,6 +208,11 @@ class Saver:
         self._spared_at = step if spared else None
         self._pruning = self._writer.submit(prune, self.run, step, self.keep, spared)
 
+    def _make_empty(self, aside: Path) -> None:
+        """As `make_empty`, when what is being removed has gone."""
+        self._pruned()
+        make_empty(aside)
+
     def _pruned(self) -> None:
         """Wait until old checkpoints are gone, or raise what kept them."""
         pruning, self._pruning = self._pruning, None
@@ -245,7 +251,7 @@ def save_checkpoint(run: Path, manifest: CheckpointManifest, pieces: Sequence[Pi
 
 def make_empty(aside: Path) -> None:
     """An empty folder to write into; what interrupted saves left is removed."""
-    for suffix in (ASIDE, FETCHING):
+    for suffix in (ASIDE, FETCHING, REMOVED):
         for leftover in aside.parent.glob(f"*{suffix}"):
             shutil.rmtree(leftover)
     aside.mkdir(parents=True)
@@ -273,7 +279,7 @@ def put_in_place(aside: Path, folder: Path) -> None:
     """Commit a checkpoint that is whole: rename its folder, and point `latest` at it."""
     sync(aside)
     if folder.exists():  # the same step, saved by an earlier attempt
-        shutil.rmtree(folder)
+        discard(folder)
     aside.rename(folder)
     sync(folder.parent)
     with atomic_write(folder.parent / LATEST) as stream:

@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
@@ -205,7 +206,12 @@ class Drill:
             self.problem(f"step {max(whole)} was committed and is lost; {self.newest()} is the newest whole one")
 
     def committed_steps(self) -> list[int]:
-        return [step_of(folder) for folder in committed(self.run)]
+        """Steps that must be there from now on: the newest, and those that it does not replace."""
+        found = {}
+        for folder in committed(self.run):
+            with suppress(ValueError):  # one that was damaged
+                found[step_of(folder)] = CheckpointManifest.load(folder).kept
+        return [step for step, kept in found.items() if kept or step == max(found)]
 
     def newest(self) -> int:
         """Step of the newest whole checkpoint, every byte of which is looked at; 0: none."""

@@ -7,13 +7,13 @@ data later on do no harm.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megakor.checkpoint.format import LATEST, committed, step_of
+from megakor.checkpoint.keep import discard
 from megakor.checkpoint.reader import CheckpointValues
 from megakor.data.ledger import passages
 from megakor.data.skips import Skip, add_skip, stretches
@@ -64,7 +64,7 @@ def roll_back(
             file.write(target.name.encode())
         for folder in committed(run):
             if step_of(folder) > step_of(target):
-                shutil.rmtree(folder)
+                discard(folder)
         add_skip(run, skip)
 
     on_first_rank(write_down)

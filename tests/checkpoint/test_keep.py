@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megakor.checkpoint.format import CheckpointManifest, committed
-from megakor.checkpoint.keep import Keep
+from megakor.checkpoint.keep import Keep, prune
 from megakor.checkpoint.save import save_checkpoint
 from tests.checkpoint.pieces import manifest, whole_pieces
 
@@ -49,3 +49,25 @@ def test_a_restart_is_replaced_on_the_disk(tmp_path: Path, alone: None) -> None:
         assert f"step-{step:08d}" == names[-1]
     # 2 has the lowest loss; of the restarts the last one is left.
     assert names == ["step-00000002", "step-00000010", "step-00000012"]
+
+
+def test_a_removal_that_is_cut_off_leaves_no_damaged_checkpoint(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun to be removed bears no checkpoint's name any more, and goes with the next save."""
+    for step in (5, 10):
+        save_checkpoint(tmp_path, manifest(step), whole_pieces())
+
+    def cut_off(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            next(folder.glob("*.safetensors")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megakor.checkpoint.keep.shutil.rmtree", cut_off)
+        prune(tmp_path, 10, Keep(last=1))
+    assert [folder.name for folder in committed(tmp_path)] == ["step-00000010"]
+    save_checkpoint(tmp_path, manifest(15), whole_pieces())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest", "step-00000010", "step-00000015",
+    ]  # fmt: skip
