@@ -101,6 +101,7 @@ class Faulty:
 def s3_server() -> Iterator[tuple[str, Faulty]]:
     """The server's address, and its faults; none at first."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from s3fs import S3FileSystem
     from werkzeug.serving import make_server
 
     class Quiet(MotoRequestHandler):
@@ -111,9 +112,11 @@ def s3_server() -> Iterator[tuple[str, Faulty]]:
     server = make_server("127.0.0.1", port, faulty, threaded=True, request_handler=Quiet)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    S3FileSystem.clear_instance_cache()  # fsspec keeps one, with the address of the server before
     try:
         yield f"http://127.0.0.1:{port}", faulty
     finally:
+        S3FileSystem.clear_instance_cache()
         server.shutdown()
         server.server_close()
         thread.join()
