@@ -211,6 +211,7 @@ class Loop:
         self.settled(self.saver.settle())
         if self.uploader is not None:
             self.uploader.abandon()  # it is of steps that will not have been taken
+        self.saver.finish()  # what is being removed must not be removed twice
         found = roll_back(self.training.run, self.engine, stream, spike, health.spike_skip)
         if found is None:
             log.warning("%s: there is no checkpoint before it to go back to", spike)
