@@ -19,7 +19,7 @@ from megakor.data.remote import Damaged
 from megakor.data.skips import read_skips
 from megakor.files import atomic_write
 from megakor.logs import get_logger
-from megakor.parallel.together import on_first_rank, raise_together
+from megakor.parallel.together import first_told, on_first_rank, raise_together
 
 log = get_logger(__name__)
 
@@ -71,9 +71,8 @@ def fetch_checkpoint(remote: RemoteRun, run: Path, step: int) -> str | None:
         except (OSError, ValueError) as caught:
             error = caught
         raise_together(error, f"fetching {folder.name} from {remote}", "it is as it was there")
-        everyone: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, damage)
-        damage = next((text for text in everyone if text is not None), None)
+        told = first_told(damage)
+        damage = told[1] if told is not None else None
     return on_first_rank(lambda: end(remote, aside, folder, content, damage))
 
 

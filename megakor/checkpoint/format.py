@@ -33,6 +33,7 @@ FOLDER = "checkpoints"
 PREFIX = "step-"
 ASIDE = ".writing"
 REMOVED = ".removed"
+LOCK = ".lock"  # in the run folder; a run that is going on holds it
 FETCHING = ".fetching"  # aside, too, on the way from object storage
 
 

@@ -13,14 +13,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from megakor.checkpoint.format import ASIDE, FOLDER, LATEST, REMOVED, CheckpointManifest, load_whole
+from megakor.checkpoint.format import ASIDE, FOLDER, LATEST, LOCK, REMOVED, CheckpointManifest, load_whole
 from megakor.checkpoint.inventory import checkpoints_of, is_checkpoint, latest_of
 from megakor.checkpoint.keep import Keep, discard
 from megakor.config.schema import CheckpointPruneConfig
 from megakor.files import atomic_write
-
-LOCK = ".lock"
-"""In the run folder; a run that is going on holds it."""
 
 LEFT = (ASIDE, REMOVED)
 """How folders end that a save or a removal left when it was cut off."""

@@ -25,6 +25,7 @@ from megakor.checkpoint.remote import RemoteRun, folder_name, local_run_files, s
 from megakor.data.skips import FILE as SKIPS
 from megakor.data.skips import parse_skips
 from megakor.logs import get_logger
+from megakor.parallel.together import first_told
 
 log = get_logger(__name__)
 
@@ -188,9 +189,7 @@ class Uploader:
         """The first error of a rank that did not end because of another's; every rank calls."""
         error = upload.task.exception()
         own = None if error is None or self.remote.cancelled.is_set() else str(error) or type(error).__name__
-        everyone: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(everyone, own)
-        rank, text = next(((rank, text) for rank, text in enumerate(everyone) if text is not None), (0, "cancelled"))
+        rank, text = first_told(own) or (0, "cancelled")
         return f"uploading {upload.folder.name}: rank {rank}: {text}"
 
     def _clear(self, upload: Upload) -> bool:

@@ -33,9 +33,14 @@ def raise_together(error: Exception | None, doing: str, consequence: str) -> Non
 
     Its text names what was being done, the first rank that failed, its error, and what follows from it.
     """
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
-    if failed:
-        rank, text = failed[0]
+    told = first_told(None if error is None else f"{type(error).__name__}: {error}")
+    if told is not None:
+        rank, text = told
         raise OSError(f"{doing}: rank {rank}: {text}; {consequence}") from error
+
+
+def first_told(text: str | None) -> tuple[int, str] | None:
+    """The first rank that has something to tell, and what; None when none has. The same on every rank."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, text)
+    return next(((rank, words) for rank, words in enumerate(everyone) if words is not None), None)

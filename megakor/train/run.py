@@ -21,21 +21,20 @@ import yaml
 from filelock import FileLock, Timeout
 
 from megakor.checkpoint.fetch import fetch_checkpoint, look
-from megakor.checkpoint.format import CheckpointManifest, committed, step_folder, step_of
+from megakor.checkpoint.format import LOCK, CheckpointManifest, check_step, committed, step_folder, step_of
 from megakor.checkpoint.remote import RemoteRun
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerName
 from megakor.files import atomic_write
 from megakor.logs import get_logger
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.roll_call import RollCall
-from megakor.parallel.together import on_first_rank
+from megakor.parallel.together import first_told, on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import check_precision, end_process_group, start_process_group
 
 log = get_logger(__name__)
 
 CONFIG = "config.yaml"
-LOCK = ".lock"
 PADDING = ("model.vocab_size", "model.make_vocab_size_divisible_by")
 """Rows past the true vocabulary take no part in anything; but Adafactor's row and column means count them."""
 
@@ -225,14 +224,12 @@ def shared_check(folder: Path) -> str | None:
     error = None
     try:
         manifest = CheckpointManifest.load(folder)
-        if manifest.step != step_of(folder):
-            raise ValueError(f"{folder}: step={manifest.step} in its manifest must be that of its name")
+        check_step(folder, manifest)
         manifest.check_contents(folder, dist.get_rank(), dist.get_world_size())
     except (ValueError, OSError) as caught:
         error = str(caught)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return next((text for text in errors if text is not None), None)
+    told = first_told(error)
+    return told[1] if told is not None else None
 
 
 def check_continues(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from megakor.checkpoint.reader import CheckpointValues, newest_whole
 from megakor.checkpoint.save import Saver, Saving
 from megakor.checkpoint.tensors import write_tensors
 from megakor.files import sha256_of
+from tests.checkpoint.dying import die_at
 from tests.checkpoint.pieces import cut, manifest, state, whole_pieces
 from tests.checkpoint.test_save import file_size_limit
 from tests.ranks import run_ranks
@@ -135,43 +132,20 @@ def test_ranks_settle_together(tmp_path: Path) -> None:
         check(folder)
 
 
-FILE_EVENTS = ("open", "os.", "shutil.")
-
-
 def save_and_die(run: Path, last: int) -> int:
-    """In a process of its own: save step 5, then 10, and die by SIGKILL at operation `last` of the second save.
+    """Save step 5, then 10, and die at operation `last` of the second save; as `die_at`."""
+    savers: list[Saver] = []
 
-    Returns how many operations on files there were, if that was none of them.
-    """
-    answer, child = os.pipe(), os.fork()
-    if child:
-        os.close(answer[1])
-        _, status = os.waitpid(child, 0)
-        told = os.read(answer[0], 20)
-        os.close(answer[0])
-        assert os.WIFSIGNALED(status) or told, status
-        return int(told or 0)
-    try:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        saver, count = Saver(run, whole_pieces(), Keep(last=1)), 0
-        saver.start(manifest(5))
-        saver.settle()
+    def before() -> None:
+        savers.append(Saver(run, whole_pieces(), Keep(last=1)))
+        savers[0].start(manifest(5))
+        savers[0].settle()
 
-        def hook(event: str, _: tuple) -> None:
-            nonlocal count
-            if event.startswith(FILE_EVENTS):
-                count += 1
-                if count == last + 1:
-                    os.kill(os.getpid(), signal.SIGKILL)  # an event itself
+    def work() -> None:
+        savers[0].start(manifest(10))
+        savers[0].finish()
 
-        sys.addaudithook(hook)
-        saver.start(manifest(10))
-        saver.finish()
-        os.write(answer[1], str(count).encode())
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
+    return die_at(last, before, work)
 
 
 def test_killed_at_every_operation(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from filelock import FileLock
 
 from megakor import cli
 from megakor.checkpoint.__main__ import run as act
-from megakor.checkpoint.format import MANIFEST, PIECES, CheckpointManifest, committed, step_of
+from megakor.checkpoint.format import LOCK, MANIFEST, PIECES, CheckpointManifest, committed, step_of
 from megakor.checkpoint.inventory import list_checkpoints
 from megakor.checkpoint.keep import Keep
-from megakor.checkpoint.prune import LOCK, prune_run
+from megakor.checkpoint.prune import prune_run
 from megakor.checkpoint.reader import newest_whole
 from megakor.checkpoint.save import save_checkpoint
 from megakor.checkpoint.tensors import write_tensors
