@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakor.checkpoint.reader import resolve
 from megakor.config.verbs import VERBS
-from megakor.model.parameters import num_parameters
+from megakor.model.specs import num_parameters
 from megakor.train.metrics import read_metrics
 from tests.config.commands import ROOT, quickly_composed
 from tests.documents import blocks, checked, commands

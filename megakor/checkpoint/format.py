@@ -22,7 +22,7 @@ from typing import Any
 
 from megakor.checkpoint.pieces import PieceIndex
 from megakor.files import sha256_of
-from megakor.model.parameters import Shard
+from megakor.model.specs import Shard
 
 VERSION = 3  # 2: pieces of shards; 3: a table of pieces
 WEIGHT = "weight"  # the state that every parameter has: its fp32 value

@@ -13,7 +13,7 @@ from megakor.checkpoint.tensors import OpenFiles, allow_open_files
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.parameters import EMBEDDING, HEAD, WHOLE, Shard, parameter_specs
+from megakor.model.specs import EMBEDDING, HEAD, WHOLE, Shard, parameter_specs
 
 log = get_logger(__name__)
 

@@ -28,7 +28,7 @@ from megakor.checkpoint.reader import VOCABULARY, CheckpointValues, model_config
 from megakor.config.schema import ExportUniversalConfig, OptimizerName
 from megakor.files import sync
 from megakor.logs import Progress, get_logger, progress
-from megakor.model.parameters import ParameterSpec, num_parameters, parameter_specs
+from megakor.model.specs import ParameterSpec, num_parameters, parameter_specs
 
 DEEPSPEED_VERSION = "0.19.8"
 """Whose loader was read and tried."""

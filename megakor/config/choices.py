@@ -57,3 +57,28 @@ class OnSpike(Enum):
     off = "off"
     warn = "warn"
     act = "act"
+
+
+class ClusterKind(Enum):
+    """What starts a run's processes on its machines."""
+
+    local = "local"
+    deepspeed = "deepspeed"
+    torchrun = "torchrun"
+    openmpi = "openmpi"
+    slurm = "slurm"
+    kubernetes = "kubernetes"
+
+
+class NodeLauncher(Enum):
+    """What a node's one task starts its ranks with."""
+
+    torchrun = "torchrun"
+    deepspeed = "deepspeed"
+
+
+class JobKind(Enum):
+    """Kubernetes' kinds of a job of several pods."""
+
+    jobset = "jobset"
+    pytorchjob = "pytorchjob"

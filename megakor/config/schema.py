@@ -12,6 +12,9 @@ from typing import Any
 
 from megakor.config.choices import (
     ActivationCheckpointing,
+    ClusterKind,
+    JobKind,
+    NodeLauncher,
     OnError,
     OnSpike,
     OptimizerName,
@@ -20,6 +23,7 @@ from megakor.config.choices import (
     TokenizerKind,
     WandbMode,
 )
+from megakor.config.cluster_schema import ClusterConfig, KubernetesConfig, SlurmConfig
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
 from megakor.config.survival_schema import CheckpointConfig, HealthConfig, LaunchConfig
@@ -44,6 +48,8 @@ __all__ = [
     "CheckpointListConfig",
     "CheckpointPruneConfig",
     "CheckpointVerifyConfig",
+    "ClusterConfig",
+    "ClusterKind",
     "CorpusConfig",
     "DataConfig",
     "DemoConfig",
@@ -56,9 +62,12 @@ __all__ = [
     "GenerateConfig",
     "HealthConfig",
     "InstructConfig",
+    "JobKind",
+    "KubernetesConfig",
     "LaunchConfig",
     "LoggingConfig",
     "ModelConfig",
+    "NodeLauncher",
     "OnError",
     "OnSpike",
     "OptimizerConfig",
@@ -72,6 +81,7 @@ __all__ = [
     "ScheduleName",
     "ShardConfig",
     "SimulateConfig",
+    "SlurmConfig",
     "TokenizerKind",
     "TraceConfig",
     "TrainConfig",
@@ -202,6 +212,7 @@ class EngineConfig:
     health: HealthConfig = section(HealthConfig, help="what is done about steps that go wrong")
     evaluation: EvaluationConfig = section(EvaluationConfig, help="validation loss and bits per byte")
     logging: LoggingConfig = section(LoggingConfig, help="terminal, metrics.jsonl, Weights & Biases")
+    cluster: ClusterConfig = section(ClusterConfig, help="machines, and what starts processes on them")
     launch: LaunchConfig = section(LaunchConfig, help="how megakor launch starts the run")
     deepspeed: dict[str, Any] = key({}, help="passed to DeepSpeed as it is; keys that megakor owns are refused")
 

@@ -30,9 +30,10 @@ class Verb:
     @property
     def groups(self) -> tuple[str, ...]:
         """Config groups that the verb composes."""
-        run = ("experiment", "model")
-        pretraining, tuning = ("pretrain", "simulate", "launch pretrain"), ("instruct", "launch instruct")
-        return run if self.name in pretraining else ("experiment",) if self.name in tuning else ()
+        if not issubclass(self.schema, schema.EngineConfig):
+            return ()
+        model = ("model",) if issubclass(self.schema, schema.PretrainConfig) else ()
+        return ("experiment", *model, "cluster")
 
     def owns_experiment(self, experiment: str) -> bool:
         """Whether a named run belongs to this verb: those of `instruct` begin with its name."""
@@ -73,19 +74,25 @@ def subverbs(word: str) -> list[Verb]:
 def find_verb(arguments: Sequence[str]) -> tuple[Verb, list[str]]:
     """The verb that a command line begins with, and what follows it.
 
+    `launch` alone launches the verb that its experiment belongs to.
+
     Raises:
         ValueError: there is no such verb, or it needs a subverb and has none, or one that does not exist.
     """
     first, *rest = arguments
+    if rest and f"{first} {rest[0]}" in VERBS:
+        return VERBS[f"{first} {rest[0]}"], rest[1:]
     if first in VERBS:
         return VERBS[first], rest
+    if first == "launch" and (not rest or rest[0].startswith("-") or "=" in rest[0]):
+        experiment = next((word.partition("=")[2] for word in rest if word.startswith("experiment=")), "")
+        verbs = [verb for verb in subverbs(first) if verb.owns_experiment(experiment)]
+        return verbs[0], rest
     below = [verb.name.partition(" ")[2] for verb in subverbs(first)]
     if not below:
         names = list(dict.fromkeys(name.partition(" ")[0] for name in VERBS))
         raise ValueError(f"verb {first} must be one of {', '.join(names)}{_nearest(first, names)}")
     second = rest[0] if rest else ""
-    if second in below:
-        return VERBS[f"{first} {second}"], rest[1:]
     if not second or "=" in second or second.startswith("-"):
         raise ValueError(f"verb {first} must be followed by one of {', '.join(below)}")
     raise ValueError(f"subverb {second} of {first} must be one of {', '.join(below)}{_nearest(second, below)}")

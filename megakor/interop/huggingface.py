@@ -27,7 +27,7 @@ from megakor.interop.model_card import write_model_card
 from megakor.interop.self_check import self_check
 from megakor.interop.tokenizer_files import eod_id, read_tokenizer_model, write_tokenizer_files
 from megakor.logs import get_logger
-from megakor.model.parameters import EMBEDDING, HEAD, parameter_specs
+from megakor.model.specs import EMBEDDING, HEAD, parameter_specs
 
 MARKER = "megakor_export.json"
 MARKER_FORMAT = "megakor-export-1"

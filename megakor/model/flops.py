@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megakor.config.schema import ModelConfig
-from megakor.model.parameters import num_parameters
+from megakor.model.specs import num_parameters
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:

@@ -4,7 +4,7 @@ The factory decides what a rank holds of each layer: `WholeLayers` makes whole o
 `megakor.parallel.tensor.ShardedLayers` a tensor rank's shards. The model itself does not know.
 
 Weights are allocated without values: a parameter's initial value depends on the seed and its canonical name alone
-(`megakor.model.parameters`), so a layer that filled its own weights would only be overwritten.
+(`megakor.model.specs`), so a layer that filled its own weights would only be overwritten.
 """
 
 from __future__ import annotations

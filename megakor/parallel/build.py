@@ -15,7 +15,7 @@ from megakor.config.schema import EngineConfig, ModelConfig
 from megakor.model.documents import Attending, Documents, one_by_one
 from megakor.model.dropout import DropoutCounter
 from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
-from megakor.model.parameters import ParameterSpec, Shard, parameter_specs
+from megakor.model.specs import ParameterSpec, Shard, parameter_specs
 from megakor.parallel.groups import Groups
 from megakor.parallel.loss import VocabularyShard, vocabulary_loss
 from megakor.parallel.pipeline import GPTNeoXPipeline

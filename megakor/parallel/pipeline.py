@@ -15,7 +15,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
 from megakor.config.schema import ModelConfig
-from megakor.model import parameters
+from megakor.model import specs
 from megakor.model.gpt_neox import Block, Parts
 from megakor.model.layers import Embedding, Linear, Norm
 from megakor.parallel.dims import ParallelDims
@@ -63,10 +63,10 @@ def layer_specs(config: ModelConfig, parts: Parts) -> list[tuple[str, LayerSpec]
         first = MadeTiedLayer(TIED, Embedding, embedding)
         last = MadeTiedLayer(TIED, Embedding, embedding, forward_fn=lambda layer, states: layer.project(states))
     blocks = [
-        (parameters.block(index), LayerSpec(Block, config, parts, index)) for index in range(config.num_hidden_layers)
+        (specs.block(index), LayerSpec(Block, config, parts, index)) for index in range(config.num_hidden_layers)
     ]
     norm = MadeLayer(Norm, partial(layers.norm, hidden, config.layer_norm_eps))
-    return [(parameters.EMBEDDING, first), *blocks, (parameters.FINAL_NORM, norm), (parameters.HEAD, last)]
+    return [(specs.EMBEDDING, first), *blocks, (specs.FINAL_NORM, norm), (specs.HEAD, last)]
 
 
 class GPTNeoXPipeline(PipelineModule):
@@ -100,6 +100,6 @@ class GPTNeoXPipeline(PipelineModule):
         for name, parameter in self.named_parameters():
             layer, _, rest = name.partition(".")
             if layer == "tied_modules":
-                yield f"{parameters.EMBEDDING}.{rest.partition('.')[2]}", parameter
+                yield f"{specs.EMBEDDING}.{rest.partition('.')[2]}", parameter
             else:
                 yield f"{self.prefixes[int(layer)]}.{rest}", parameter

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from megakor.config.schema import EngineConfig, ModelConfig, ParallelConfig, SimulateConfig
-from megakor.model.parameters import EMBEDDING, FINAL_NORM, HEAD, num_parameters, parameter_specs
+from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, num_parameters, parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.simulate.collectives import Traffic
 from megakor.simulate.formulas import FP32, replica_traffic, state_bytes

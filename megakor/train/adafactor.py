@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megakor.model.parameters import WHOLE, Shard
+from megakor.model.specs import WHOLE, Shard
 from megakor.train.fragments import Flat, Fragment
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from megakor.checkpoint.format import WEIGHT
 from megakor.config.schema import OptimizerConfig, OptimizerName
-from megakor.model.parameters import WHOLE, ParameterSpec, Shard
+from megakor.model.specs import WHOLE, ParameterSpec, Shard
 from megakor.parallel.build import Held
 from megakor.train.adafactor import Adafactor, Sharing
 from megakor.train.fragments import Flat, Fragment

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megakor.config.schema import ModelConfig
 from megakor.logs import Progress, get_logger, progress
 from megakor.model.flops import train_flops_per_token
-from megakor.model.parameters import num_parameters
+from megakor.model.specs import num_parameters
 from megakor.train.engine import StepResult
 from megakor.train.metrics import Metrics, Throughput, next_attempt
 from megakor.train.run import plain

@@ -9,7 +9,8 @@ import torch
 
 from megakor.checkpoint.format import WEIGHT
 from megakor.config.schema import ModelConfig
-from megakor.model.parameters import WHOLE, Shard, parameter_specs
+from megakor.model.parameters import initial_value
+from megakor.model.specs import WHOLE, Shard, parameter_specs
 
 
 class Values(Protocol):
@@ -44,4 +45,4 @@ class SeededValues:
             out.zero_()
             return
         spec = next(spec for spec in parameter_specs(self.model) if spec.name == name)
-        out.copy_(shard.of(spec.initial_value(self.seed)).flatten()[start : start + out.numel()])
+        out.copy_(shard.of(initial_value(spec, self.seed)).flatten()[start : start + out.numel()])

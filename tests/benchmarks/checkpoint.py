@@ -40,7 +40,7 @@ from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.reader import CheckpointValues
 from megakor.checkpoint.save import Saver, commit, save_checkpoint, write_pieces
 from megakor.config.schema import ModelConfig
-from megakor.model.parameters import WHOLE, parameter_specs
+from megakor.model.specs import WHOLE, parameter_specs
 from megakor.train.optimizer import Piece
 from tests.resident import give_back_freed_blocks, peak_resident_size, resident_size
 

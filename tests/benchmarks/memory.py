@@ -29,7 +29,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, TrainConfig
-from megakor.model.parameters import parameter_specs
+from megakor.model.specs import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.train.device import DTYPES
 from megakor.train.engine import Engine

@@ -20,7 +20,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, TrainConfig
 from megakor.data.stream import Batch
 from megakor.interop.huggingface import model_json
-from megakor.model.parameters import parameter_specs
+from megakor.model.parameters import initial_value
+from megakor.model.specs import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.train.engine import Engine
 from megakor.train.values import SeededValues
@@ -168,7 +169,7 @@ def reference_model(case: Case) -> GPTNeoXForCausalLM:
     config = GPTNeoXConfig(**model_json(case.model, case.vocabulary, 0, Precision.fp32))
     config._attn_implementation = "sdpa"
     model = GPTNeoXForCausalLM(config).train()
-    weights = {spec.name: spec.initial_value(case.train.seed) for spec in parameter_specs(case.model)}
+    weights = {spec.name: initial_value(spec, case.train.seed) for spec in parameter_specs(case.model)}
     if hasattr(model, "lm_head"):  # what transformers 5 calls the output projection within a model
         weights = {name.replace("embed_out", "lm_head"): value for name, value in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)

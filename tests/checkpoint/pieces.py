@@ -19,7 +19,7 @@ from megakor.checkpoint.format import MANIFEST, PIECES, CheckpointManifest, dige
 from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.save import save_checkpoint
 from megakor.files import sha256_of
-from megakor.model.parameters import WHOLE, parameter_specs
+from megakor.model.specs import WHOLE, parameter_specs
 from megakor.train.optimizer import Piece
 from tests.model.configs import small
 

@@ -17,7 +17,7 @@ from megakor.checkpoint.format import CheckpointManifest, FileEntry, TensorEntry
 from megakor.checkpoint.pieces import Held, PieceIndex
 from megakor.config.compose import config_folder
 from megakor.config.schema import ModelConfig
-from megakor.model.parameters import num_parameters, parameter_specs
+from megakor.model.specs import num_parameters, parameter_specs
 from tests.checkpoint.pieces import STATES
 from tests.ranks import run_ranks
 from tests.resident import give_back_freed_blocks, peak_resident_size, resident_size

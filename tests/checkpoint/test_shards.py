@@ -17,7 +17,7 @@ from megakor.checkpoint.format import MANIFEST, PIECES, CheckpointManifest, Tens
 from megakor.checkpoint.reader import CheckpointValues, load_model, newest_whole, read_weights
 from megakor.checkpoint.save import commit, write_pieces
 from megakor.checkpoint.tensors import OpenFiles
-from megakor.model.parameters import WHOLE, Shard, parameter_specs
+from megakor.model.specs import WHOLE, Shard, parameter_specs
 from megakor.train.optimizer import Piece
 from tests.checkpoint.pieces import MODEL, edit, manifest, retable, sharded_pieces, state
 

@@ -21,7 +21,7 @@ from megakor.config.compose import main
 from megakor.config.schema import ExportUniversalConfig
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.loss import token_losses
-from megakor.model.parameters import WHOLE, parameter_specs
+from megakor.model.specs import WHOLE, parameter_specs
 from megakor.train.optimizer import Piece
 from megakor.train.run import plain
 from tests.checkpoint.pieces import edit, save

@@ -10,6 +10,7 @@ from megakor.config.verbs import VERBS
 from tests.config.commands import NEEDED, PRETRAIN, composed
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+CLUSTERS = sorted(path.stem for path in (config_folder() / "cluster").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (config_folder() / "model").glob("*.yaml"))
 
 TOKENS = {"1_3b_polyglot": 213e9, "3_8b_polyglot": 219e9, "5_8b_polyglot": 172e9, "12_8b_256xa100": 167e9}
@@ -19,6 +20,7 @@ TOKENS = {"1_3b_polyglot": 213e9, "3_8b_polyglot": 219e9, "5_8b_polyglot": 172e9
 def test_every_yaml_belongs_to_a_test() -> None:
     known = {f"{verb.config_name}.yaml" for verb in VERBS.values()}
     known |= {f"experiment/{name}.yaml" for name in EXPERIMENTS} | {f"model/{name}.yaml" for name in MODELS}
+    known |= {f"cluster/{name}.yaml" for name in CLUSTERS}
     folder = config_folder()
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == known
     assert len(EXPERIMENTS) >= 6
@@ -36,6 +38,11 @@ def test_experiments_compose(experiment: str) -> None:
     config = composed(verb.name, f"experiment={experiment}")
     assert config.name == experiment
     assert (config_folder() / "experiment" / f"{experiment}.yaml").read_text().startswith("# @package _global_\n")
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_clusters_compose(cluster: str) -> None:
+    assert composed("launch pretrain", "experiment=demo", f"cluster={cluster}").cluster.kind.value == cluster
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerConfig, ParallelConfig, Precision, TrainConfig
-from megakor.model.parameters import num_parameters, parameter_specs
+from megakor.model.specs import num_parameters, parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.tensor import gathered_linear
 from megakor.train.engine import Engine

@@ -14,7 +14,7 @@ import torch
 from megakor.checkpoint.format import WEIGHT, CheckpointManifest, step_folder
 from megakor.checkpoint.save import commit, write_pieces
 from megakor.config.schema import ModelConfig, TokenizerKind, TrainTokenizerConfig
-from megakor.model.parameters import WHOLE, parameter_specs
+from megakor.model.specs import WHOLE, parameter_specs
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.tokenizer.train import train_tokenizer
 from megakor.train.optimizer import Piece

@@ -7,7 +7,8 @@ from transformers import GPTNeoXForCausalLM as Theirs
 
 from megakor.config.schema import ModelConfig
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.parameters import parameter_specs
+from megakor.model.parameters import initial_value
+from megakor.model.specs import parameter_specs
 from megakor.parallel.loss import VocabularyShard, vocabulary_loss
 from tests.model.configs import small
 
@@ -59,7 +60,7 @@ def pair(config: ModelConfig, scale: float = 1.0) -> tuple[GPTNeoXForCausalLM, T
     with torch.no_grad():
         for spec in parameter_specs(config):
             noise = torch.randn(spec.shape, generator=generator) * 0.1 * scale
-            ours.get_parameter(spec.name).copy_(spec.initial_value(0) + noise)
+            ours.get_parameter(spec.name).copy_(initial_value(spec, 0) + noise)
     weights = dict(ours.state_dict())
     if config.tie_word_embeddings:
         weights["embed_out.weight"] = weights["gpt_neox.embed_in.weight"]

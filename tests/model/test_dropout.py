@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from megakor.config.schema import ActivationCheckpointing
 from megakor.model.dropout import DropoutCounter
 from megakor.model.gpt_neox import Attention, GPTNeoXForCausalLM, Parts
-from megakor.model.parameters import initialize_parameters, parameter_specs
+from megakor.model.parameters import initial_value, initialize_parameters
+from megakor.model.specs import parameter_specs
 from megakor.parallel.build import parts_of
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
@@ -198,7 +199,7 @@ def hidden_states(dims: ParallelDims, attention_dropout: float) -> torch.Tensor:
     with torch.no_grad():
         for spec in parameter_specs(CONFIG):
             shard = spec.shard(groups.position("tensor"), dims.tensor)
-            model.get_parameter(spec.name).copy_(shard.of(spec.initial_value(0)))
+            model.get_parameter(spec.name).copy_(shard.of(initial_value(spec, 0)))
         model.parts.counter.start_step(2)
         return model.gpt_neox(torch.full((2, 24 // dims.context), 7))
 

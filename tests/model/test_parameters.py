@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from megakor.config.schema import ModelConfig
 from megakor.model.flops import train_flops_per_token
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.parameters import initialize_parameters, num_parameters, parameter_specs
+from megakor.model.parameters import initial_value, initialize_parameters
+from megakor.model.specs import num_parameters, parameter_specs
 from tests.config.commands import PRETRAIN, quickly_composed
 from tests.model.configs import small
 
@@ -72,14 +73,14 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
     config = small()
     specs = {spec.name: spec for spec in parameter_specs(config)}
     torch.manual_seed(1)
-    first = {name: spec.initial_value(7) for name, spec in specs.items()}
+    first = {name: initial_value(spec, 7) for name, spec in specs.items()}
     torch.manual_seed(2)
     state = torch.get_rng_state()
     for name in reversed(specs):
-        assert torch.equal(first[name], specs[name].initial_value(7)), name
+        assert torch.equal(first[name], initial_value(specs[name], 7)), name
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
     other = {
-        spec.name: spec.initial_value(7) for spec in parameter_specs(small(tie_word_embeddings=True, vocab_size=64))
+        spec.name: initial_value(spec, 7) for spec in parameter_specs(small(tie_word_embeddings=True, vocab_size=64))
     }
     for name, value in other.items():
         assert torch.equal(value, first[name]), name
@@ -88,7 +89,7 @@ def test_initial_values_depend_on_seed_and_name_only() -> None:
 
 def test_initial_values_differ_between_names_and_seeds() -> None:
     specs = [spec for spec in parameter_specs(small()) if spec.std is not None]
-    starts = {tuple(spec.initial_value(seed).view(-1)[:4].tolist()) for spec in specs for seed in (0, 1, 2**40)}
+    starts = {tuple(initial_value(spec, seed).view(-1)[:4].tolist()) for spec in specs for seed in (0, 1, 2**40)}
     assert len(starts) == 3 * len(specs)
 
 
@@ -96,13 +97,13 @@ def test_initial_values_are_fixed_forever() -> None:
     """Golden: a change of these changes every run that has only a seed."""
     spec = next(spec for spec in parameter_specs(small()) if spec.name == "gpt_neox.embed_in.weight")
     golden = torch.tensor([-0.0056339214, -0.0044669877, -0.011526252, 0.028709017])
-    torch.testing.assert_close(spec.initial_value(1234).view(-1)[:4], golden, rtol=1e-5, atol=0)
+    torch.testing.assert_close(initial_value(spec, 1234).view(-1)[:4], golden, rtol=1e-5, atol=0)
 
 
 def test_initial_values_are_of_their_distribution() -> None:
     config = small(hidden_size=96, intermediate_size=384, vocab_size=512, num_hidden_layers=2, initializer_range=0.05)
     for spec in parameter_specs(config):
-        value = spec.initial_value(3)
+        value = initial_value(spec, 3)
         assert value.shape == spec.shape
         assert value.dtype == torch.float32
         if not spec.decays:
@@ -122,7 +123,7 @@ def test_initialize_fills_every_parameter() -> None:
             parameter.fill_(float("nan"))
     initialize_parameters(model.named_parameters(), config, seed=5)
     for spec in parameter_specs(config):
-        assert torch.equal(model.get_parameter(spec.name), spec.initial_value(5))
+        assert torch.equal(model.get_parameter(spec.name), initial_value(spec, 5))
 
 
 def test_flops_of_a_token() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megakor.model.parameters import Shard
+from megakor.model.specs import Shard
 
 Tensors = dict[str, torch.Tensor]
 

@@ -12,7 +12,7 @@ import torch
 
 from megakor.config.schema import ModelConfig
 from megakor.model.gpt_neox import Block
-from megakor.model.parameters import Shard, parameter_specs
+from megakor.model.specs import Shard, parameter_specs
 from megakor.parallel.build import build
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups

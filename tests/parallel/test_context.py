@@ -10,7 +10,7 @@ from deepspeed.sequence.layer import DistributedAttention
 
 from megakor.model.gpt_neox import Attention, GPTNeoX, GPTNeoXForCausalLM, Parts
 from megakor.model.layers import Layers, WholeLayers
-from megakor.model.parameters import parameter_specs
+from megakor.model.specs import parameter_specs
 from megakor.parallel.context import exchange, own_part
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups

@@ -8,7 +8,8 @@ from torch import nn
 
 from megakor.config.schema import ModelConfig
 from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
-from megakor.model.parameters import parameter_specs
+from megakor.model.parameters import initial_value
+from megakor.model.specs import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.pipeline import GPTNeoXPipeline, layer_specs
 from tests.model.configs import small
@@ -21,7 +22,7 @@ def test_the_layers_in_a_row_are_the_model(tied: bool) -> None:
     model = GPTNeoXForCausalLM(config)
     with torch.no_grad():
         for spec in parameter_specs(config):
-            model.get_parameter(spec.name).copy_(spec.initial_value(0))
+            model.get_parameter(spec.name).copy_(initial_value(spec, 0))
     ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
     states: torch.Tensor = ids
     embedding: nn.Module | None = None

@@ -14,7 +14,7 @@ from torch import nn
 
 from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
 from megakor.model.layers import Layers, WholeLayers
-from megakor.model.parameters import parameter_specs
+from megakor.model.specs import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
 from megakor.parallel.tensor import ShardedLayers

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megakor.config.compose import load_experiment
 from megakor.config.schema import ActivationCheckpointing, PretrainConfig, SimulateConfig
-from megakor.model.parameters import num_parameters
+from megakor.model.specs import num_parameters
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
 from megakor.simulate.layout import Simulation, check_parameters, simulate

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megakor.model.parameters import WHOLE, Shard
+from megakor.model.specs import WHOLE, Shard
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
 from megakor.train.adafactor import Adafactor, Sharing

@@ -5,7 +5,8 @@ import torch
 
 from megakor.config.schema import OptimizerConfig, OptimizerName
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
-from megakor.model.parameters import WHOLE, parameter_specs
+from megakor.model.parameters import initial_value
+from megakor.model.specs import WHOLE, parameter_specs
 from megakor.parallel.build import Held
 from megakor.train.adafactor import Adafactor, Sharing
 from megakor.train.fragments import flats, fragments
@@ -18,7 +19,7 @@ def built(name: OptimizerName, **changes: float) -> tuple[GPTNeoXForCausalLM, to
     model = GPTNeoXForCausalLM(config)
     with torch.no_grad():
         for spec in parameter_specs(config):
-            model.get_parameter(spec.name).copy_(spec.initial_value(0))
+            model.get_parameter(spec.name).copy_(initial_value(spec, 0))
     options = OptimizerConfig(name=name, lr=0.01, **changes)
     specs = {spec.name: spec for spec in parameter_specs(config)}
     return model, build_optimizer(options, list(model.named_parameters()), specs)
