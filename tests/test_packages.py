@@ -17,7 +17,7 @@ def options() -> configparser.ConfigParser:
 
 def test_every_package_is_installed() -> None:
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "megakor").rglob("__init__.py")}
-    configs = [path for path in (ROOT / "configs").rglob("*.yaml")]
+    configs = (ROOT / "configs").rglob("*.yaml")
     found |= {".".join(("megakor", *path.parent.relative_to(ROOT).parts)) for path in configs}
     assert set(options()["options"]["packages"].split()) == found
 

@@ -62,9 +62,7 @@ def layer_specs(config: ModelConfig, parts: Parts) -> list[tuple[str, LayerSpec]
     if config.tie_word_embeddings:
         first = MadeTiedLayer(TIED, Embedding, embedding)
         last = MadeTiedLayer(TIED, Embedding, embedding, forward_fn=lambda layer, states: layer.project(states))
-    blocks = [
-        (specs.block(index), LayerSpec(Block, config, parts, index)) for index in range(config.num_hidden_layers)
-    ]
+    blocks = [(specs.block(index), LayerSpec(Block, config, parts, index)) for index in range(config.num_hidden_layers)]
     norm = MadeLayer(Norm, partial(layers.norm, hidden, config.layer_norm_eps))
     return [(specs.EMBEDDING, first), *blocks, (specs.FINAL_NORM, norm), (specs.HEAD, last)]
 

@@ -402,6 +402,20 @@ def test_subverbs_are_found() -> None:
         find_verb(["chekpoint", "list"])
 
 
+@pytest.mark.parametrize(
+    ("words", "verb"),
+    [
+        ([], "launch pretrain"),
+        (["--help"], "launch pretrain"),
+        (["experiment=demo", "run=r"], "launch pretrain"),
+        (["run=r", "experiment=instruct_demo"], "launch instruct"),
+    ],
+)
+def test_launch_alone_launches_the_verb_of_its_experiment(words: list[str], verb: str) -> None:
+    assert find_verb(["launch", *words]) == (VERBS[verb], words)
+    assert find_verb(["launch", "instruct", *words]) == (VERBS["launch instruct"], words)
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h", "help"])
 def test_help_lists_the_subverbs(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     cli.main(["checkpoint", flag])
