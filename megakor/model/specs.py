@@ -6,6 +6,7 @@ table, never by the names an engine gives. No tensor is made here: what only cou
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,3 +114,17 @@ def parameter_specs(config: ModelConfig) -> list[ParameterSpec]:
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model, padded vocabulary rows included."""
     return sum(math.prod(spec.shape) for spec in parameter_specs(config))
+
+
+def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
+    """The architecture with its number of embedding rows.
+
+    Raises:
+        ValueError: fewer rows than the tokenizer has tokens.
+    """
+    rows, multiple = model.vocab_size, model.make_vocab_size_divisible_by
+    if rows is None:
+        rows = math.ceil(num_tokens / multiple) * multiple
+    if rows < num_tokens:
+        raise ValueError(f"model.vocab_size={rows} must be at least the tokenizer's vocabulary, {num_tokens}")
+    return dataclasses.replace(model, vocab_size=rows)

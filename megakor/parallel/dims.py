@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megakor.config.schema import ParallelConfig
+from megakor.config.schema import ParallelConfig, TrainConfig
 
 AXES = ("pipeline", "data", "context", "tensor")
 """Outermost first."""
@@ -71,6 +71,10 @@ class ParallelDims:
     def replicas(self) -> int:
         """Ranks that hold the same parameters and sum their gradients: data × context."""
         return self.data * self.context
+
+    def num_micro_batches(self, train: TrainConfig) -> int:
+        """Of a rank in a step of the global batch size; where they do not divide it, empty rows fill them up."""
+        return -(-train.global_batch_size // (train.micro_batch_size * self.data))
 
     def coordinate(self, rank: int, axis: str) -> int:
         """Position of `rank` on an axis."""

@@ -11,14 +11,12 @@ import re
 from dataclasses import dataclass
 
 from megakor.config.schema import EngineConfig, ModelConfig, ParallelConfig, SimulateConfig
-from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, num_parameters, parameter_specs
+from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, num_parameters, parameter_specs, resolve_vocabulary
 from megakor.parallel.dims import ParallelDims
-from megakor.simulate.collectives import Traffic
-from megakor.simulate.formulas import FP32, replica_traffic, state_bytes
+from megakor.plan.traffic import FP32, Traffic, replica_traffic
+from megakor.plan.zero import state_bytes
 from megakor.simulate.stage import Part, Pass, build_quietly, fake_rank, run_pass
 from megakor.tokenizer.tokenizer import Tokenizer
-from megakor.train.run import resolve_vocabulary
-from megakor.train.settings import num_micro_batches as micro_batches_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def check_parameters(model: ModelConfig, passes: list[Pass]) -> None:
 
 def stage_of(config: EngineConfig, model: ModelConfig, dims: ParallelDims, number: int, run: Pass) -> Stage:
     """One stage's figures, from its rank's pass."""
-    num_micro_batches = micro_batches_of(config, dims)
+    num_micro_batches = dims.num_micro_batches(config.train)
     numel = sum(part.numel for part in run.parts)
     micro_batch = list(run.traffic)
     if number < dims.pipeline - 1:
@@ -174,6 +172,6 @@ def simulate(config: SimulateConfig) -> Simulation:
         parameters=num_parameters(model),
         micro_batch_size=train.micro_batch_size,
         sequence_length=train.sequence_length,
-        num_micro_batches=micro_batches_of(config, dims),
+        num_micro_batches=dims.num_micro_batches(config.train),
         stages=[stage_of(config, model, dims, number, run) for number, run in enumerate(passes)],
     )

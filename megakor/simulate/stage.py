@@ -22,7 +22,8 @@ from megakor.config.schema import EngineConfig, ModelConfig
 from megakor.parallel.build import Built, build
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
-from megakor.simulate.collectives import CollectiveLog, Traffic
+from megakor.plan.traffic import Traffic
+from megakor.simulate.collectives import CollectiveLog
 from megakor.simulate.memory import LiveMemory
 from megakor.simulate.synchronisation import no_synchronisation
 from megakor.train.device import (

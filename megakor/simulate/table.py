@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from megakor.simulate.collectives import Traffic
+from megakor.plan.traffic import Traffic
 from megakor.simulate.layout import Simulation, Stage
 
 FOOTNOTE = """\
