@@ -1,15 +1,17 @@
 """What a micro-batch takes on a pipeline stage: the layers go in, bytes that wait for the backward pass and their peak out.
 
 It is what `megakor simulate` finds by running the model on fake tensors, as formulas: kept bytes are the same to the byte,
-peaks to within 3 % (tests/plan/test_activations.py). The terms of a block follow Korthikanti et al. 2022, section 4,
-with what differs: attention is fused, so its scores are never kept but one number for each row is; rotary embedding
-keeps queries and keys twice; both norms of a parallel residual read one input; there are no dropout masks by default.
+peaks to within 3 %, by test. The terms of a block follow Korthikanti et al. 2022, section 4, with what differs here:
+attention is fused, so its scores are never kept, but one number for each row is; rotary embedding makes queries and keys
+anew; both norms of a parallel residual read one input; and there are no dropout masks unless asked for.
 
-Every size is a rank's. With s tokens of the residual stream, f tokens in whole sequences (s = f, or f / tensor under
-sequence parallelism), hidden size H, feed-forward size I, tensor ranks t and i bytes a number, a block keeps
+Sizes are a rank's. With s tokens of the residual stream and f of whole sequences (s = f / tensor under sequence
+parallelism, else f), hidden size H, feed-forward size I, t tensor ranks and i bytes a number, a block keeps
 
-    input s·H·i   norms 2·s·H·i   query, key, value 3·f·H·i/t   rotated 2·f·H·i/t   attention 2·f·H·i/t
-    feed-forward 2·f·I·i/t   and the small: norm statistics 4·s·i, row sums 4·f·heads/t, rotary tables
+    input s·H·i     two norms 2·s·H·i     queries, keys and values 3·f·H·i/t     feed-forward 2·f·I·i/t
+    attention 3·f·H·i/t (rotated queries and keys, output) and f·H·i/t (its output again, laid out for the projection)
+
+and little: norms' statistics, attention's row sums, rotary tables.
 """
 
 from __future__ import annotations
@@ -18,51 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakor.config.schema import ActivationCheckpointing, EngineConfig, ModelConfig
-from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD
+from megakor.model.specs import EMBEDDING, FINAL_NORM
 from megakor.parallel.dims import ParallelDims
 from megakor.plan.partition import Layer
 
 LOSS_CHUNK = 2**27
-"""Logits that the loss works through at a time on accelerators (`megakor.train.device`)."""
+"""Logits that the loss works through at a time on accelerators, as `megakor.train.device` has it."""
 FP32, INT64 = 4, 8  # bytes
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a micro-batch's tensors on a rank.
-
-    Attributes:
-        tokens: of whole sequences, and of the rank's part of the residual stream.
-        stream: hidden states of the residual stream.
-        whole: hidden states of whole sequences.
-        heads: the same of the rank's heads alone.
-        inner: states of the feed-forward layer.
-        logits: of the rank's columns of the vocabulary.
-    """
-
-    tokens: int
-    stream_tokens: int
-    stream: int
-    whole: int
-    heads: int
-    inner: int
-    logits: int
-
-    @classmethod
-    def of(cls, config: EngineConfig, model: ModelConfig, dims: ParallelDims) -> Sizes:
-        assert model.vocab_size is not None
-        item = config.train.precision.itemsize
-        tokens = config.train.micro_batch_size * config.train.sequence_length // dims.context
-        stream_tokens = tokens // dims.tensor if dims.sequence_parallel else tokens
-        return cls(
-            tokens=tokens,
-            stream_tokens=stream_tokens,
-            stream=stream_tokens * model.hidden_size * item,
-            whole=tokens * model.hidden_size * item,
-            heads=tokens * model.hidden_size // dims.tensor * item,
-            inner=tokens * model.intermediate_size // dims.tensor * item,
-            logits=tokens * model.vocab_size // dims.tensor * item,
-        )
 
 
 @dataclass(frozen=True)
@@ -71,9 +35,9 @@ class Activations:
 
     Attributes:
         kept: from its forward pass to its backward pass.
-        peak: the most at once, with the buffers for neighbours.
-        logits: of the peak, what belongs to the logits and the loss.
-        buffers: of the peak, what DeepSpeed's pipeline holds besides: what neighbours sent, and its copies.
+        peak: the most at once, in the backward pass.
+        logits: of the peak, those of the logits and the loss.
+        buffers: of the peak, what DeepSpeed's pipeline holds besides: what neighbours send.
     """
 
     kept: int
@@ -83,90 +47,164 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class BlockBytes:
-    """What a block keeps besides its input.
+class Block:
+    """Bytes of the parts of a block.
 
     Attributes:
-        whole: when nothing is computed again.
-        kept: from the forward pass to the backward pass; nothing where the whole block is computed again.
+        stream: hidden states of the residual stream.
+        whole: hidden states of whole sequences.
+        heads: the same of the rank's heads alone.
+        inner: states of the feed-forward layer.
+        norms: what the norms keep, the input of the first one left out; the first norm alone.
+        masks: of dropout; the host's are of the states' type.
+        scores: what attention keeps besides the projection: rotated queries and keys, tables, output, row sums.
+        projections: weights of the fused projection, and of one of the feed-forward layer.
+        gathered: whether whole sequences are gathered from the tensor ranks' parts (sequence parallelism).
+        copies: what such a gather or scatter copies; a single sequence needs no copy.
+        parallel: whether attention and feed-forward share input and output (`use_parallel_residual`).
     """
 
+    stream: int
     whole: int
-    kept: int
+    heads: int
+    inner: int
+    norms: int
+    first_norm: int
+    masks: int
+    scores: int
+    projections: tuple[int, int]
+    gathered: bool
+    copies: int
+    parallel: bool
+
+    @classmethod
+    def of(cls, config: EngineConfig, model: ModelConfig, dims: ParallelDims) -> Block:
+        train, item, hidden, tensor = config.train, config.train.precision.itemsize, model.hidden_size, dims.tensor
+        tokens = train.micro_batch_size * train.sequence_length // dims.context
+        stream_tokens = tokens // tensor if dims.sequence_parallel else tokens
+        stream, whole, heads = stream_tokens * hidden * item, tokens * hidden * item, tokens * hidden // tensor * item
+        first_norm = stream + 2 * stream_tokens * item
+        own_input = 0 if model.use_parallel_residual else stream
+        num_masks = (1 if model.use_parallel_residual else 2) if model.hidden_dropout else 0
+        rotary = int(hidden // model.num_attention_heads * model.rotary_pct)
+        tables, row_sums = 2 * train.sequence_length * rotary * item, FP32 * tokens * model.num_attention_heads // tensor
+        return cls(
+            stream=stream,
+            whole=whole,
+            heads=heads,
+            inner=tokens * model.intermediate_size // tensor * item,
+            norms=2 * first_norm + own_input,
+            first_norm=first_norm,
+            masks=num_masks * stream,
+            scores=3 * heads + tables + row_sums,
+            projections=(3 * hidden * hidden // tensor * item, hidden * model.intermediate_size // tensor * item),
+            gathered=dims.sequence_parallel,
+            copies=whole if dims.sequence_parallel and train.micro_batch_size > 1 else 0,
+            parallel=model.use_parallel_residual,
+        )
+
+    def kept(self, scores: bool = True) -> int:
+        """Besides the input; without `scores`, attention is computed again."""
+        return self.norms + self.masks + 4 * self.heads + (self.scores if scores else 0) + 2 * self.inner
+
+    def through_column(self, weight: int) -> int:
+        """The most that the backward pass of a column linear makes: gradients of its input and of its weight."""
+        if not self.gathered:
+            return self.whole + weight
+        gathered = self.whole + self.copies + self.stream
+        return max(gathered + self.whole, gathered + weight)  # the input's gradient is scattered first
+
+    def forward(self, tensor: int) -> int:
+        """What the end of the forward pass makes and does not keep: outputs, their sum, and copies with a bias more."""
+        outputs = 2 * self.whole if self.parallel else self.stream  # of attention and feed-forward, or joined
+        if tensor == 1:
+            return outputs + self.whole
+        joined = max(self.copies + self.stream, 2 * self.stream) if self.gathered else 2 * self.whole
+        return outputs + self.whole + joined
+
+    def backward(self, scores: bool, gradient: int) -> int:
+        """The most that the block takes in its backward pass, its input included.
+
+        Args:
+            scores: whether what attention keeps is there from the start.
+            gradient: bytes of the gradient that comes in, where it is not in a buffer that is there anyway.
+        """
+        first, second = self.projections
+        gathered = self.whole if self.gathered else 0
+        attention = self.stream + self.first_norm + 3 * self.heads + gradient
+        kept = self.stream + self.kept(scores)
+        return max(
+            kept + gradient + gathered + self.inner + second,  # gradients of the feed-forward layer's output projection
+            kept - self.masks - self.inner + gradient + (gathered if self.parallel else 0) + self.through_column(second),
+            attention + self.scores + 4 * self.heads,  # gradients of queries, keys, values and output
+            attention + self.through_column(first),
+        )
 
 
-def block_bytes(config: EngineConfig, model: ModelConfig, dims: ParallelDims, index: int) -> BlockBytes:
-    """What block `index` keeps besides its input."""
-    sizes, train, item = Sizes.of(config, model, dims), config.train, config.train.precision.itemsize
-    rotary = int(model.hidden_size // model.num_attention_heads * model.rotary_pct)
-    norms = 2 * sizes.stream + 2 * 2 * sizes.stream_tokens * item
-    if not model.use_parallel_residual:
-        norms += sizes.stream  # the second norm's input is its own
-    masks = (1 if model.use_parallel_residual else 2) * sizes.stream if model.hidden_dropout else 0
-    attention = (
-        2 * sizes.heads  # rotated queries and keys
-        + 2 * train.sequence_length * rotary * item  # cosine and sine
-        + sizes.heads  # the output
-        + FP32 * sizes.tokens * model.num_attention_heads // dims.tensor  # log-sum-exps
-    )
-    rest = norms + masks + 3 * sizes.heads + sizes.heads + 2 * sizes.inner
-    checkpointing = train.activation_checkpointing
-    if checkpointing is ActivationCheckpointing.selective:
-        return BlockBytes(rest + attention, rest)
-    recomputed = index % train.activation_checkpointing_interval == 0
-    if checkpointing is ActivationCheckpointing.full and recomputed:
-        return BlockBytes(rest + attention, 0)
-    return BlockBytes(rest + attention, rest + attention)
+def recomputed(config: EngineConfig, index: int) -> bool:
+    """Whether the whole block `index` is computed again."""
+    train = config.train
+    full = train.activation_checkpointing is ActivationCheckpointing.full
+    return full and index % train.activation_checkpointing_interval == 0
 
 
 def activations(
     config: EngineConfig, model: ModelConfig, dims: ParallelDims, stage: int, layers: Sequence[Layer]
 ) -> Activations:
     """Of one micro-batch on the stage that holds `layers`."""
-    sizes, item = Sizes.of(config, model, dims), config.train.precision.itemsize
-    stream, f = sizes.stream, sizes.tokens
+    assert model.vocab_size is not None
+    block, item = Block.of(config, model, dims), config.train.precision.itemsize
+    tokens, columns = block.whole // (model.hidden_size * item), model.vocab_size // dims.tensor
+    stream, logits = block.stream, tokens * columns * item
     first, last, pipelined = stage == 0, stage == dims.pipeline - 1, dims.pipeline > 1
-    names = [layer.prefix for layer in layers]
-    sent = (0 if first else stream) + (0 if last else stream)
-    earlier = sizes.logits if last and pipelined else 0  # of the micro-batch before
+    scores = config.train.activation_checkpointing is not ActivationCheckpointing.selective
 
-    # What the passes keep, layer by layer.
-    received = INT64 * f if first else stream
-    kept: dict[str, int] = {}
-    whole: dict[str, int] = {}
+    kept = []  # by each layer, its input included
     for layer in layers:
         if layer.prefix == EMBEDDING:
-            kept[layer.prefix] = (INT64 + 1) * f if dims.tensor > 1 else INT64 * f if pipelined else 0
-        elif layer.kind == "Block":
-            found = block_bytes(config, model, dims, int(layer.prefix.rpartition(".")[2]))
-            kept[layer.prefix], whole[layer.prefix] = stream + found.kept, stream + found.whole
-        elif layer.prefix == FINAL_NORM:
-            kept[layer.prefix] = stream + 2 * sizes.stream_tokens * item
+            masked = (INT64 + 1) * tokens  # of ids that other tensor ranks have
+            kept.append(masked if dims.tensor > 1 else INT64 * tokens if pipelined else 0)
+        elif layer.index is not None:
+            kept.append(stream + (0 if recomputed(config, layer.index) else block.kept(scores)))
         else:
-            kept[layer.prefix] = stream + sizes.logits
-    labels = (INT64 + FP32) * f if last else 0
-    saved = (INT64 + 1 + 2 * FP32 + (2 if dims.tensor > 1 else 1) * FP32) * f if last else 0  # by the loss
-    scalars = 2 * FP32 if last else 0
-    total = received + sum(kept.values()) + labels + saved + scalars + (0 if last else stream)
+            kept.append(block.first_norm if layer.prefix == FINAL_NORM else stream + logits)
+    given = INT64 * tokens if first else stream
+    labels = (INT64 + FP32) * tokens + 2 * FP32 if last else 0
+    saved = (INT64 + 1 + (4 if dims.tensor > 1 else 3) * FP32) * tokens if last else 0  # by the loss
+    total = given + sum(kept) + (labels + saved if last else stream)
 
-    # The fullest moments of the backward pass.
-    moments: list[tuple[int, int]] = []  # bytes, and of them those of logits and loss
-    alive = sent + earlier + total
+    buffers = (0 if first else stream) + (0 if last else stream)
+    earlier = logits if last and pipelined else 0  # those of the micro-batch before, until a third one comes
+    alive, of_loss = buffers + earlier + total, earlier
+    moments = [(alive, of_loss)]
+    head = columns * model.hidden_size * item
+    tied = head if model.tie_word_embeddings and not pipelined else 0  # waits for the embedding's gradient
     if last:
-        columns = model.vocab_size // dims.tensor
-        chunk = FP32 * columns * min(f, max(1, LOSS_CHUNK // columns))
-        extra = sizes.logits + 2 * chunk + 3 * FP32 * f
-        of_loss = earlier + sizes.logits + extra
-        moments.append((alive + extra, of_loss))
-        gone = saved + (0 if pipelined else sizes.logits)
-        gradient = sizes.logits + (sizes.whole * (3 if dims.sequence_parallel else 1)) + columns * model.hidden_size * item
-        moments.append((alive - gone + gradient, of_loss - 2 * chunk - sizes.logits))
-        alive -= gone + stream
-    for layer in reversed(layers):
-        if layer.kind == "Block":
-            weight = model.intermediate_size * model.hidden_size // dims.tensor * item
-            beside = stream + (sizes.whole if dims.sequence_parallel else 0) + sizes.inner + weight
-            moments.append((alive + whole[layer.prefix] - kept[layer.prefix] + beside, earlier))
-        alive -= kept[layer.prefix]
-    peak, logits = max(moments) if moments else (alive, 0)
-    return Activations(total, peak, logits, sent)
+        rows = min(tokens, max(1, LOSS_CHUNK // columns))
+        chunk, next_chunk = (FP32 * columns * number for number in (rows, min(rows, tokens - rows)))
+        copies = 1 if item == FP32 else 2  # in fp32, and again while exponentials are taken
+        working = max(copies * chunk, chunk + copies * next_chunk) + 2 * FP32 * tokens
+        of_loss += 2 * logits
+        moments.append((alive + logits + working, of_loss + working))
+        alive -= saved + (0 if pipelined else logits)
+        of_loss -= 0 if pipelined else logits
+        moments.append((alive + logits + block.through_column(head), of_loss))
+        of_loss -= logits
+    for number, layer in enumerate(layers):
+        if layer.index is not None and not recomputed(config, layer.index):
+            there = buffers + earlier + given + sum(kept[: number + 1])
+            moments.append((there + block.forward(dims.tensor), earlier))
+    gradient = stream if last else 0  # the last layer's is in a buffer
+    for layer, size in zip(reversed(layers), reversed(kept), strict=True):
+        alive -= size
+        if layer.index is not None:
+            again = recomputed(config, layer.index)
+            moments.append((alive + tied + block.backward(scores or again, gradient), of_loss))
+            if again and block.masks:  # which come last, so all of the forward pass is computed again
+                moments.append((alive + tied + stream + block.kept() + block.forward(dims.tensor) + gradient, of_loss))
+        elif layer.prefix == EMBEDDING:
+            beside = block.whole + max(head, block.copies) if dims.tensor > 1 else head
+            moments.append((alive + size + tied + gradient + beside, of_loss))
+        gradient = stream
+    peak, logits = max(moments)
+    return Activations(total, peak, logits, buffers)

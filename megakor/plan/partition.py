@@ -22,11 +22,13 @@ class Layer:
     Attributes:
         prefix: of its parameters' canonical names.
         kind: name of its class, by which `type:REGEX` finds it.
+        index: of a block; None for the others.
         parameters: its parameters; a tied output projection has the embedding's.
     """
 
     prefix: str
     kind: str
+    index: int | None
     parameters: tuple[ParameterSpec, ...]
 
     def numel(self, tensor: int) -> int:
@@ -40,14 +42,14 @@ def layers_of(model: ModelConfig) -> list[Layer]:
     for spec in parameter_specs(model):
         inside = re.match(r"gpt_neox\.layers\.\d+", spec.name)
         found.setdefault(inside[0] if inside else spec.name.rpartition(".")[0], []).append(spec)
-    tied = model.tie_word_embeddings
-    kinds = {
-        EMBEDDING: "Embedding",
-        **{block(index): "Block" for index in range(model.num_hidden_layers)},
-        FINAL_NORM: "Norm",
-        HEAD: "Embedding" if tied else "Linear",
-    }
-    return [Layer(name, kind, tuple(found[EMBEDDING if name == HEAD and tied else name])) for name, kind in kinds.items()]
+    last = EMBEDDING if model.tie_word_embeddings else HEAD
+    blocks = [Layer(block(index), "Block", index, tuple(found[block(index)])) for index in range(model.num_hidden_layers)]
+    return [
+        Layer(EMBEDDING, "Embedding", None, tuple(found[EMBEDDING])),
+        *blocks,
+        Layer(FINAL_NORM, "Norm", None, tuple(found[FINAL_NORM])),
+        Layer(HEAD, "Embedding" if model.tie_word_embeddings else "Linear", None, tuple(found[last])),
+    ]
 
 
 def partition(layers: Sequence[Layer], method: str, num_stages: int, tensor: int) -> list[Sequence[Layer]]:
