@@ -1,8 +1,4 @@
-"""How long a hardware takes: amounts of work go in, seconds come out.
-
-A rate that was measured is taken as it is; of a data sheet's, use reaches the share that a constant here says. These
-were fitted on the rows that docs/validation.md names.
-"""
+"""How long a hardware takes: amounts of work go in, seconds come out."""
 
 from __future__ import annotations
 
@@ -13,11 +9,6 @@ from megakor.config.schema import ParallelConfig
 from megakor.parallel.dims import ParallelDims
 from megakor.plan.hardware import Hardware, Ring
 from megakor.plan.work import FP32, ITEM_SIZE, Practice, Product, Work
-
-MEMORY_EFFICIENCY = 0.8
-"""Share of the memory's nominal bandwidth that operations bound by it reach; all of it where it was measured."""
-ATTENTION_EFFICIENCY = 0.6
-"""Rate of fused attention over that of large products."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class Clock:
     @property
     def memory_rate(self) -> float:
         """Bytes a second of operations bound by memory."""
-        return self.hardware.memory_gb_per_s * 1e9 * (1.0 if self.hardware.measured else MEMORY_EFFICIENCY)
+        return self.hardware.memory_gb_per_s * 1e9 * self.hardware.memory_efficiency
 
     def product(self, product: Product) -> float:
         """Seconds of a matrix product."""
@@ -45,7 +36,8 @@ class Clock:
     def compute(self, work: Work) -> float:
         """Seconds of everything but messages."""
         products = sum(self.product(product) * count for product, count in work.products.items())
-        return products + work.attention / (self.rate * ATTENTION_EFFICIENCY) + work.streamed / self.memory_rate
+        attention = self.hardware.peak(self.precision) * self.hardware.attention_efficiency
+        return products + work.attention / attention + work.streamed / self.memory_rate
 
     def ring(self, axis: str) -> Ring:
         """The ranks of an axis: tensor, context or replicas."""
@@ -81,10 +73,10 @@ def replica_seconds(
         ITEM_SIZE[clock.precision],
         parallel.zero_stage,
     )
-    wide = FP32 if stage == 1 and clock.precision is Precision.bf16 else size
+    wide = FP32 if practice.wide_gradients or (stage == 1 and clock.precision is Precision.bf16) else size
     if stage == 3:
         gather = ring.seconds("all_gather", size * held, hardware)
-        scatter = ring.seconds("reduce_scatter", size * trained, hardware)
+        scatter = ring.seconds("reduce_scatter", wide * trained, hardware)
         seconds, hidden = count * (2 * gather + scatter), count * passes
     else:
         reduce = ring.seconds("all_reduce", wide * trained, hardware) * (count if stage == 2 else 1)

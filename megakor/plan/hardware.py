@@ -16,8 +16,10 @@ import yaml
 from megakor.config.choices import Precision
 from megakor.config.compose import config_folder
 
-LINK_EFFICIENCY = 0.8
-"""Share of a link's nominal rate that large collectives reach; links that were measured reach all of theirs."""
+FITTED = {"matmul_efficiency": 0.8, "memory_efficiency": 0.89, "attention_efficiency": 0.3, "link_efficiency": 0.89}
+"""Shares of a data sheet's rates that use reaches, where a file does not say: fitted (docs/validation.md)."""
+MEASURED = dict.fromkeys(FITTED, 1.0)
+"""Of rates that were measured in use."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Hardware:
         measured: whether rates were measured in use; otherwise they are a data sheet's, of which use reaches a part.
         memory_gib: device memory that a process can have, GiB.
         bf16_tflops: peak of dense matrix products with fp32 sums, TFLOP/s; so are `fp16_tflops` and `fp32_tflops`.
-        matmul_efficiency: share of the peak that the arithmetic of large products reaches; 1 where it was measured.
+        matmul_efficiency: share of the peak that the arithmetic of large products reaches.
+        attention_efficiency: share of the peak that fused attention reaches, the masked half not counted.
+        memory_efficiency: share of the memory's bandwidth that operations bound by it reach.
+        link_efficiency: share of a link's rate that large collectives reach.
         memory_gb_per_s: bandwidth of the device's memory, GB/s.
         node_gb_per_s: links to the other accelerators of the node, GB/s.
         network_gb_per_s: share of the node's network, GB/s.
@@ -51,6 +56,9 @@ class Hardware:
     fp16_tflops: float
     fp32_tflops: float
     matmul_efficiency: float
+    attention_efficiency: float
+    memory_efficiency: float
+    link_efficiency: float
     memory_gb_per_s: float
     node_gb_per_s: float
     network_gb_per_s: float
@@ -70,10 +78,6 @@ class Hardware:
             Precision.fp32: self.fp32_tflops,
         }
         return tflops[precision] * 1e12
-
-    @property
-    def link_efficiency(self) -> float:
-        return 1.0 if self.measured else LINK_EFFICIENCY
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def read_hardware(path: Path) -> Hardware:
     if not isinstance(figures, dict):
         raise ValueError(f"{path} must hold keys and figures")
     fields = {field.name: field for field in dataclasses.fields(Hardware) if field.name != "name"}
-    needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING} - FITTED.keys()
     for key in sorted(figures.keys() - fields.keys()):
         raise ValueError(f"{path}: {key} must be one of {', '.join(fields)}")
     for key in sorted(needed - figures.keys()):
@@ -167,4 +171,4 @@ def read_hardware(path: Path) -> Hardware:
                 "true or false" if wanted is bool else "a whole number above 0" if wanted is int else "a number above 0"
             )
             raise ValueError(f"{path}: {key}={value} must be {rule}")
-    return Hardware(name=path.stem, **figures)
+    return Hardware(name=path.stem, **{**(MEASURED if figures["measured"] else FITTED), **figures})

@@ -165,21 +165,21 @@ class Shape:
             Work.of(gradients * count, rotating + 6 * states + backward * scores, exchanged),
         )
 
-    def block(self) -> tuple[Work, Work, Work]:
-        """A block: forward, backward, and the attention alone that `selective` computes again."""
+    def block(self) -> tuple[Work, Work, Work, Work]:
+        """A block: forward, backward, and what the backward pass computes again under `full` and under `selective`."""
         model, split = self.model, self.tensor
         hidden, inner = model.hidden_size / split, model.intermediate_size / split
         activation = self.rows * inner * self.item_size
-        together = model.use_parallel_residual
         attention = self.attending()
         parts = [
-            self.norm(), self.norm(), self.entering(3 * hidden, QUERY_KEY_VALUE),
-            attention, self.leaving(hidden, DENSE), self.entering(inner, UP),
-            (Work.of([], 2 * activation), Work.of([], 3 * activation)), self.leaving(inner, DOWN),
-            *([self.joining(2)] if together else [self.joining(1), self.joining(1)]),
+            self.norm(), self.norm(), self.entering(3 * hidden, QUERY_KEY_VALUE), attention,
+            self.leaving(hidden, DENSE), *([] if model.use_parallel_residual else [self.joining(1)]),
+            self.entering(inner, UP), (Work.of([], 2 * activation), Work.of([], 3 * activation)),
         ]  # fmt: skip
-        forward, backward = (sum(works, NOTHING) for works in zip(*parts, strict=True))
-        return forward, backward, replace(attention[0], messages=Counter())
+        last = [self.leaving(inner, DOWN), self.joining(2 if model.use_parallel_residual else 1)]
+        forward, backward = (sum(works, NOTHING) for works in zip(*parts, *last, strict=True))
+        again = sum((work for work, _ in parts), NOTHING) if self.practice.stops_early else forward
+        return forward, backward, again, replace(attention[0], messages=Counter())
 
     def embedding(self) -> tuple[Work, Work]:
         """Looking up rows, summed over the tensor ranks that split them."""
@@ -207,7 +207,7 @@ class Shape:
 
 def stage_work(shape: Shape, layers: StageLayers, train: TrainConfig) -> tuple[Work, Work, Work]:
     """One micro-batch of a stage: forward, backward, and what the backward pass computes again."""
-    block_forward, block_backward, attention = shape.block()
+    block_forward, block_backward, block_again, attention = shape.block()
     count, kind = len(layers.blocks), train.activation_checkpointing
     forward, backward, again = block_forward.times(count), block_backward.times(count), NOTHING
     for there, (end_forward, end_backward) in ((layers.embeds, shape.embedding()), (layers.projects, shape.head())):
@@ -215,7 +215,7 @@ def stage_work(shape: Shape, layers: StageLayers, train: TrainConfig) -> tuple[W
             forward, backward = forward + end_forward, backward + end_backward
     if kind is ActivationCheckpointing.full:
         recomputed = sum(index % train.activation_checkpointing_interval == 0 for index in layers.blocks)
-        again = block_forward.times(recomputed)
+        again = block_again.times(recomputed)
     elif kind is ActivationCheckpointing.selective:
         again = attention.times(count)
     return forward, backward, again

@@ -221,7 +221,8 @@ def step_time(
     trained = held
     if adapters is not None:
         trained = [adapter_parameters(model, adapters, layers, dims.tensor) for layers in stages]
-    borders = practice.virtual_stages * 2 * shape.residual if dims.pipeline > 1 else 0.0
+    border = shape.stream / dims.tensor if practice.sends_parts else shape.residual
+    borders = practice.virtual_stages * 2 * border if dims.pipeline > 1 else 0.0
     passes = [
         pass_time(clock, stage_work(shape, layers, train), numel * (size + 2 * FP32), borders)
         for layers, numel in zip(stages, trained, strict=True)
