@@ -24,10 +24,10 @@ class Practice:
         virtual_stages: parts of the model that a pipeline stage interleaves (Narayanan et al. 2021, section 2.2.2).
         hides_tensor_messages: whether the backward pass of a column linear computes while it communicates.
         hides_replica_messages: the ZeRO stages whose messages run beside the passes.
-        sends_parts: whether tensor ranks send a part each of what crosses a border of stages, and gather it (Narayanan et
-            al. 2021, section 4.1).
-        stops_early: whether recomputing a block ends before its last linear layer, whose result nothing needs: PyTorch's
-            checkpoints do since 2.1, unless they are reentrant.
+        sends_parts: whether tensor ranks send a part each of what crosses a border of stages, and gather it there
+            (Narayanan et al. 2021, section 4.1).
+        stops_early: whether recomputing a block ends before its last linear layer, whose result nothing needs:
+            PyTorch's checkpoints do since 2.1, unless they are reentrant.
         wide_gradients: whether replicas sum gradients in fp32 under ZeRO-2 and 3, too.
     """
 

@@ -154,7 +154,8 @@ def narayanan() -> list[Row]:
     return [
         Row(NARAYANAN, name, gpt(hidden, layers, heads),
             ParallelConfig(tensor_parallel_size=tensor, pipeline_parallel_size=stages, zero_stage=0),
-            train_config(batch, micro, FULL, half=True), "a100-80g", gpus, replace(MEGATRON, virtual_stages=parts, sends_parts=True),
+            train_config(batch, micro, FULL, half=True), "a100-80g", gpus,
+            replace(MEGATRON, virtual_stages=parts, sends_parts=True),
             100 * tflops / 312, of_hardware=True)
         for name, (hidden, layers, heads, tensor, stages, parts, gpus, batch, micro, tflops) in sizes.items()
     ]  # fmt: skip
