@@ -1,1 +1,1 @@
-"""What a run needs before it runs: from a configuration and data sheets to memory, time and cost. Nothing loads PyTorch."""
+"""What a run will need, before it runs: memory, time and cost, from a configuration alone. PyTorch is never loaded."""
