@@ -74,6 +74,10 @@ class ParameterSpec:
         """What tensor rank `index` of `count` holds of it."""
         return WHOLE if self.shard_dim is None or count == 1 else Shard(self.shard_dim, index, count)
 
+    def shard_numel(self, count: int) -> int:
+        """Elements that each of `count` tensor ranks holds."""
+        return math.prod(self.shard(0, count).shape(self.shape))
+
 
 def parameter_specs(config: ModelConfig) -> list[ParameterSpec]:
     """Every parameter of the model, each once (a tied embedding is listed as the input embedding only).

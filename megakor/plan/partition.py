@@ -5,14 +5,16 @@ The layers are those of `megakor.parallel.pipeline`: the embedding, the blocks, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megakor.config.schema import ModelConfig
 from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, ParameterSpec, block, parameter_specs
+from megakor.plan.work import StageLayers
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,18 @@ class Layer:
 
     def numel(self, tensor: int) -> int:
         """Elements that a tensor rank holds."""
-        return sum(math.prod(spec.shard(0, tensor).shape(spec.shape)) for spec in self.parameters)
+        return sum(spec.shard_numel(tensor) for spec in self.parameters)
 
 
 def layers_of(model: ModelConfig) -> list[Layer]:
     """Every pipeline layer, first to last."""
     found: dict[str, list[ParameterSpec]] = {}
     for spec in parameter_specs(model):
-        inside = re.match(r"gpt_neox\.layers\.\d+", spec.name)
-        found.setdefault(inside[0] if inside else spec.name.rpartition(".")[0], []).append(spec)
+        found.setdefault(prefix_of(spec.name), []).append(spec)
     last = EMBEDDING if model.tie_word_embeddings else HEAD
-    blocks = [Layer(block(index), "Block", index, tuple(found[block(index)])) for index in range(model.num_hidden_layers)]
+    blocks = [
+        Layer(block(index), "Block", index, tuple(found[block(index)])) for index in range(model.num_hidden_layers)
+    ]
     return [
         Layer(EMBEDDING, "Embedding", None, tuple(found[EMBEDDING])),
         *blocks,
@@ -76,7 +79,7 @@ def partition(layers: Sequence[Layer], method: str, num_stages: int, tensor: int
             kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers))
             raise ValueError(f"parallel.pipeline_partition={method} must match one of the kinds of layers: {kinds}")
         borders = balanced(weights, num_stages)
-    return [layers[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+    return [layers[start:stop] for start, stop in itertools.pairwise(borders)]
 
 
 def uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -87,7 +90,7 @@ def uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def balanced(weights: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
-    """Borders of stages of even weight: `deepspeed.runtime.utils.partition_balanced`, which must be followed to the tie.
+    """Borders of stages of even weight, as `deepspeed.runtime.utils.partition_balanced` finds them, ties included.
 
     A table holds, for the first `count` layers on so many stages, the least difference between the heaviest and the
     lightest stage that building on the tables before gives; of equal ones the last cut is taken.
@@ -114,3 +117,25 @@ def balanced(weights: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
     for chosen in reversed(cuts):
         borders.append(chosen[borders[-1]])
     return tuple(reversed(borders))
+
+
+def stage_layers(layers: Sequence[Layer]) -> StageLayers:
+    """What a stage holds, for the time of its passes."""
+    blocks = [layer.index for layer in layers if layer.index is not None]
+    prefixes = {layer.prefix for layer in layers}
+    span = range(blocks[0], blocks[-1] + 1) if blocks else range(0)
+    return StageLayers(span, embeds=EMBEDDING in prefixes, projects=HEAD in prefixes)
+
+
+def words(prefixes: Collection[str]) -> str:
+    """Layers in words, from their prefixes: `embedding, blocks 0 to 9`."""
+    blocks = sorted(int(found[1]) for name in prefixes if (found := re.fullmatch(r"gpt_neox\.layers\.(\d+)", name)))
+    span = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}" if blocks else ""
+    ends = {EMBEDDING: "embedding", "": span, FINAL_NORM: "final norm", HEAD: "output"}
+    return ", ".join(text for prefix, text in ends.items() if prefix in prefixes or (text and text == span))
+
+
+def prefix_of(name: str) -> str:
+    """Prefix of the layer that a parameter belongs to, from its canonical name."""
+    inside = re.match(r"gpt_neox\.layers\.\d+", name)
+    return inside[0] if inside else name.rpartition(".")[0]

@@ -1,4 +1,10 @@
-"""What ranks say to each other: the amounts that a pass and a step put into collectives and send, in bytes."""
+"""What ranks say to each other in a step, bytes that a rank puts in: `megakor simulate` counts it, a plan adds it up.
+
+What replicas say is by formula (Rajbhandari et al. 2020, section 7). Up to ZeRO-2 it is as DeepSpeed 0.19 does it:
+gradients are summed by all-reduce, once a step or, by ZeRO-2, for every micro-batch; updated weights are gathered once
+a step. ZeRO-3's is the paper's: weights are gathered in every forward and backward pass, gradients are scattered in
+every backward pass. Gradients travel in the type of the weights, but in fp32 under ZeRO-1 in bf16.
+"""
 
 from __future__ import annotations
 

@@ -7,15 +7,15 @@ equal, and the first tensor rank, which is run, has the most columns of the true
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from megakor.config.schema import EngineConfig, ModelConfig, ParallelConfig, SimulateConfig
-from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, num_parameters, parameter_specs, resolve_vocabulary
+from megakor.model.specs import EMBEDDING, HEAD, num_parameters, parameter_specs, resolve_vocabulary
 from megakor.parallel.dims import ParallelDims
+from megakor.plan.memory import state_bytes
+from megakor.plan.partition import prefix_of, words
 from megakor.plan.traffic import FP32, Traffic, replica_traffic
-from megakor.plan.zero import state_bytes
-from megakor.simulate.stage import Part, Pass, build_quietly, fake_rank, run_pass
+from megakor.simulate.stage import Pass, build_quietly, fake_rank, run_pass
 from megakor.tokenizer.tokenizer import Tokenizer
 
 
@@ -89,24 +89,6 @@ def vocabulary(config: SimulateConfig) -> tuple[ModelConfig, int]:
     return resolve_vocabulary(config.model, num_tokens), num_tokens
 
 
-def words(parts: list[Part]) -> str:
-    """The layers of a stage, from the names of its parameters."""
-    blocks = sorted({int(found[1]) for part in parts if (found := re.match(r"gpt_neox\.layers\.(\d+)\.", part.name))})
-    span = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}" if blocks else ""
-    tied = any(part.tied_elsewhere for part in parts)
-    names = {part.name.rpartition(".")[0] for part in parts}
-    return ", ".join(
-        text
-        for text, there in (
-            ("embedding", EMBEDDING in names and not tied),
-            (span, bool(blocks)),
-            ("final norm", FINAL_NORM in names),
-            ("output", HEAD in names or tied),
-        )
-        if there
-    )
-
-
 def check_parameters(model: ModelConfig, passes: list[Pass]) -> None:
     """The stages' parameters are the model's: each one once, and stages × tensor ranks add up to its size.
 
@@ -137,7 +119,7 @@ def stage_of(config: EngineConfig, model: ModelConfig, dims: ParallelDims, numbe
     weights, gradients, optimizer = state_bytes(config, dims, numel)
     return Stage(
         stage=number,
-        holds=words(run.parts),
+        holds=words({HEAD if part.tied_elsewhere else prefix_of(part.name) for part in run.parts}),
         parameters=numel,
         micro_batch=micro_batch,
         step=step,
