@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerName, Precision
-from megakor.parallel.dims import ParallelDims
 from megakor.parallel.chunks import ACCELERATOR_LOSS_CHUNK, HOST_LOSS_CHUNK
+from megakor.parallel.dims import ParallelDims
 from megakor.plan.activations import Activations, activations
 from megakor.plan.partition import Layer, stage_layers, words
 from megakor.plan.time import adapter_parameters
