@@ -16,6 +16,12 @@ AXES = ("pipeline", "data", "context", "tensor")
 """Outermost first."""
 
 
+def smallest_world_size(parallel: ParallelConfig) -> int:
+    """The number of processes that a layout's sizes multiply to; an open data_parallel_size counts as 1."""
+    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
+    return math.prod(sizes) * (parallel.data_parallel_size or 1)
+
+
 @dataclass(frozen=True)
 class ParallelDims:
     """Sizes of every axis; their product is the number of ranks.

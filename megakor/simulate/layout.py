@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megakor.config.schema import EngineConfig, ModelConfig, ParallelConfig, SimulateConfig
+from megakor.config.schema import EngineConfig, ModelConfig, SimulateConfig
 from megakor.model.specs import EMBEDDING, HEAD, num_parameters, parameter_specs, resolve_vocabulary
-from megakor.parallel.dims import ParallelDims
+from megakor.parallel.dims import ParallelDims, smallest_world_size
 from megakor.plan.memory import state_bytes
 from megakor.plan.partition import prefix_of, words
 from megakor.plan.traffic import FP32, Traffic, replica_traffic
@@ -70,12 +70,6 @@ class Simulation:
     sequence_length: int
     num_micro_batches: int
     stages: list[Stage]
-
-
-def smallest_world(parallel: ParallelConfig) -> int:
-    """The number of processes that a layout's sizes multiply to; an open data_parallel_size counts as 1."""
-    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
-    return math.prod(sizes) * (parallel.data_parallel_size or 1)
 
 
 def vocabulary(config: SimulateConfig) -> tuple[ModelConfig, int]:
@@ -138,7 +132,7 @@ def simulate(config: SimulateConfig) -> Simulation:
     Raises:
         ValueError: the layout does not fit the number of processes or the batch, or a pass waits for the device.
     """
-    dims = ParallelDims.from_config(config.parallel, config.world_size or smallest_world(config.parallel))
+    dims = ParallelDims.from_config(config.parallel, config.world_size or smallest_world_size(config.parallel))
     model, num_tokens = vocabulary(config)
     passes = []
     for number in range(dims.pipeline):
