@@ -42,6 +42,11 @@ class Subject:
     world_size: int
     adapters: Adapters | None
 
+    @property
+    def capacity(self) -> int:
+        """Bytes of an accelerator's memory."""
+        return round(self.hardware.memory_gib * GIB)
+
     @classmethod
     def of(cls, config: PlanConfig | PlanSearchConfig) -> Subject:
         """From a configuration.

@@ -102,5 +102,7 @@ def stage_traffic(
         found.append(Traffic("pipeline", "send_gradients", count, round(shape.residual) * count))
     if model.tie_word_embeddings and dims.pipeline > 1 and (layers.embeds or layers.projects) and adapters is None:
         assert model.vocab_size is not None
-        found.append(Traffic("tied stages", "all_reduce", 1, FP32 * model.vocab_size // dims.tensor * model.hidden_size))
+        found.append(
+            Traffic("tied stages", "all_reduce", 1, FP32 * model.vocab_size // dims.tensor * model.hidden_size)
+        )
     return found + replica_traffic(config, dims, numel, count, trained)
