@@ -7,7 +7,7 @@ from megakor.config.schema import PlanConfig, PlanSearchConfig
 from megakor.plan.memory import GIB
 from megakor.plan.picture import write_picture
 from megakor.plan.plan import Plan, Subject, make_plan
-from megakor.plan.search import cheapest_change, search
+from megakor.plan.search import mended, search
 from megakor.plan.search_table import as_json as found_as_json
 from megakor.plan.search_table import print_table
 from megakor.plan.table import as_json, print_tables
@@ -39,7 +39,7 @@ def does_not_fit(plan: Plan, config: PlanConfig) -> str:
     stage = plan.fullest
     need, have = stage.total / GIB, plan.hardware.memory_gib
     what = f"stage {stage.stage} needs {need:.1f} GiB and must fit into the {have:g} GiB of {plan.hardware.name}"
-    change = cheapest_change(config, Subject.of(config))
+    change = mended(config, Subject.of(config))
     if change is None:
         return f"{what}: {need - have:.1f} GiB too much; on {plan.dims.world_size} of them no layout fits"
     keys, layout = change

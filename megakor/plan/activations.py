@@ -16,14 +16,13 @@ and little: norms' statistics, attention's row sums, rotary tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakor.config.schema import ActivationCheckpointing, EngineConfig, ModelConfig
 from megakor.model.specs import EMBEDDING, HEAD
 from megakor.parallel.chunks import ACCELERATOR_LOSS_CHUNK
 from megakor.parallel.dims import ParallelDims
-from megakor.plan.partition import Layer
+from megakor.plan.partition import Layer, Stage
 from megakor.plan.work import DENSE, DOWN, FP32, LINEARS, QUERY_KEY_VALUE, UP, Adapters
 
 INT64 = 8  # bytes
@@ -215,12 +214,11 @@ def activations(
     config: EngineConfig,
     model: ModelConfig,
     dims: ParallelDims,
-    stage: int,
-    layers: Sequence[Layer],
+    stage: Stage,
     adapters: Adapters | None = None,
     loss_chunk: int = ACCELERATOR_LOSS_CHUNK,
 ) -> Activations:
-    """Of one micro-batch on the stage that holds `layers`.
+    """Of one micro-batch on a stage.
 
     Args:
         adapters: what is trained; None: all weights.
@@ -228,7 +226,7 @@ def activations(
     """
     block, ends = Block.of(config, model, dims, adapters), Ends.of(config, model, dims, adapters, loss_chunk)
     stream = block.stream
-    first, last, pipelined = stage == 0, stage == dims.pipeline - 1, dims.pipeline > 1
+    first, last, pipelined = stage.number == 0, stage.number == dims.pipeline - 1, dims.pipeline > 1
     scores = config.train.activation_checkpointing is not ActivationCheckpointing.selective
 
     def kept_by(layer: Layer) -> int:
@@ -239,6 +237,7 @@ def activations(
             return stream if adapters is None else 0
         return ends.masked if layer.prefix == EMBEDDING else stream + block.statistics
 
+    layers = stage.layers
     kept = [kept_by(layer) for layer in layers]
     given = ends.ids if first else stream
     total = given + sum(kept) + (ends.logits + ends.labels + ends.saved if last else stream)

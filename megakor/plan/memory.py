@@ -9,14 +9,13 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerName, Precision
 from megakor.parallel.chunks import ACCELERATOR_LOSS_CHUNK, HOST_LOSS_CHUNK
 from megakor.parallel.dims import ParallelDims
 from megakor.plan.activations import Activations, activations
-from megakor.plan.partition import Layer, stage_layers, words
+from megakor.plan.partition import Stage
 from megakor.plan.time import adapter_parameters
 from megakor.plan.work import FP32, Adapters
 
@@ -184,13 +183,12 @@ def stage_memory(
     config: EngineConfig,
     model: ModelConfig,
     dims: ParallelDims,
-    stage: int,
-    layers: Sequence[Layer],
+    stage: Stage,
     adapters: Adapters | None = None,
     on_host: bool = False,
     libraries: float = LIBRARIES,
 ) -> StageMemory:
-    """The memory of a rank of the stage that holds `layers`.
+    """The memory of a rank of a stage.
 
     Args:
         adapters: what is trained; None: all weights.
@@ -198,21 +196,20 @@ def stage_memory(
         libraries: bytes of what is no tensor.
     """
     micro_batch = activations(
-        config, model, dims, stage, layers, adapters, HOST_LOSS_CHUNK if on_host else ACCELERATOR_LOSS_CHUNK
+        config, model, dims, stage, adapters, HOST_LOSS_CHUNK if on_host else ACCELERATOR_LOSS_CHUNK
     )
-    in_flight = min(dims.num_micro_batches(config.train), dims.pipeline - stage)
-    sizes = [spec.shard_numel(dims.tensor) for layer in layers for spec in layer.parameters]
-    trained, largest, numel = sum(sizes), max(sizes), sum(sizes)
+    in_flight = min(dims.num_micro_batches(config.train), dims.pipeline - stage.number)
+    numel, trained, largest = stage.parameters, stage.parameters, stage.largest
     if adapters is not None:
-        trained = round(adapter_parameters(model, adapters, stage_layers(layers), dims.tensor))
+        trained = round(adapter_parameters(model, adapters, stage.held, dims.tensor))
         largest, numel = trained, numel + trained
     weights, _, optimizer = state_bytes(config, dims, numel, trained)
     found = moments(config, dims, micro_batch, in_flight, numel, trained, largest, on_host)
     name = max(found, key=lambda name: found[name].total)
     moment = found[name]
     return StageMemory(
-        stage=stage,
-        holds=words([layer.prefix for layer in layers]),
+        stage=stage.number,
+        holds=stage.holds,
         parameters=numel,
         in_flight=in_flight,
         moment=name,

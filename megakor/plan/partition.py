@@ -55,8 +55,43 @@ def layers_of(model: ModelConfig) -> list[Layer]:
     ]
 
 
-def partition(layers: Sequence[Layer], method: str, num_stages: int, tensor: int) -> list[Sequence[Layer]]:
-    """The layers of each stage, as `deepspeed.PipelineModule` cuts them.
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage.
+
+    Attributes:
+        number: of the stage, from 0.
+        layers: that it holds.
+        parameters: that one of its ranks holds.
+        largest: of them, those of the largest tensor.
+    """
+
+    number: int
+    layers: tuple[Layer, ...]
+    parameters: int
+    largest: int
+
+    @classmethod
+    def of(cls, number: int, layers: Sequence[Layer], tensor: int) -> Stage:
+        sizes = [spec.shard_numel(tensor) for layer in layers for spec in layer.parameters]
+        return cls(number, tuple(layers), sum(sizes), max(sizes))
+
+    @property
+    def held(self) -> StageLayers:
+        """What it holds, for the time of its passes."""
+        blocks = [layer.index for layer in self.layers if layer.index is not None]
+        prefixes = {layer.prefix for layer in self.layers}
+        span = range(blocks[0], blocks[-1] + 1) if blocks else range(0)
+        return StageLayers(span, embeds=EMBEDDING in prefixes, projects=HEAD in prefixes)
+
+    @property
+    def holds(self) -> str:
+        """The same in words."""
+        return words({layer.prefix for layer in self.layers})
+
+
+def partition(layers: Sequence[Layer], method: str, num_stages: int, tensor: int) -> list[Stage]:
+    """The stages into which `deepspeed.PipelineModule` cuts the layers.
 
     Args:
         method: parameters, uniform or type:REGEX.
@@ -67,8 +102,8 @@ def partition(layers: Sequence[Layer], method: str, num_stages: int, tensor: int
     """
     method = method.lower()  # as DeepSpeed does
     if num_stages == 1:
-        return [layers]
-    if method == "uniform":
+        borders: tuple[int, ...] = (0, len(layers))
+    elif method == "uniform":
         borders = uniform(len(layers), num_stages)
     elif method == "parameters":
         borders = balanced(tuple(layer.numel(tensor) for layer in layers), num_stages)
@@ -79,7 +114,8 @@ def partition(layers: Sequence[Layer], method: str, num_stages: int, tensor: int
             kinds = ", ".join(dict.fromkeys(layer.kind for layer in layers))
             raise ValueError(f"parallel.pipeline_partition={method} must match one of the kinds of layers: {kinds}")
         borders = balanced(weights, num_stages)
-    return [layers[start:stop] for start, stop in itertools.pairwise(borders)]
+    cuts = enumerate(itertools.pairwise(borders))
+    return [Stage.of(number, layers[start:stop], tensor) for number, (start, stop) in cuts]
 
 
 def uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -117,14 +153,6 @@ def balanced(weights: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
     for chosen in reversed(cuts):
         borders.append(chosen[borders[-1]])
     return tuple(reversed(borders))
-
-
-def stage_layers(layers: Sequence[Layer]) -> StageLayers:
-    """What a stage holds, for the time of its passes."""
-    blocks = [layer.index for layer in layers if layer.index is not None]
-    prefixes = {layer.prefix for layer in layers}
-    span = range(blocks[0], blocks[-1] + 1) if blocks else range(0)
-    return StageLayers(span, embeds=EMBEDDING in prefixes, projects=HEAD in prefixes)
 
 
 def words(prefixes: Collection[str]) -> str:

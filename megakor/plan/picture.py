@@ -1,4 +1,4 @@
-"""A plan's memory as a picture: one bar for each pipeline stage, its parts stacked, the accelerator's memory as a line."""
+"""A plan's memory as a picture: a bar for each pipeline stage, of its parts; the accelerator's memory is a line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def picture(plan: Plan) -> str:
     height = TOP + len(plan.stages) * (BAR + GAP) + 30
     title = escape(f"{plan.name}: GiB of a rank on {plan.dims.world_size} × {plan.hardware.name}")
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif"',
+        ' font-size="13">',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
         f'<text x="10" y="22" font-size="15">{title}</text>',
     ]

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megakor.config.plan_checks import count_and_kind
-from megakor.config.schema import ModelConfig, PlanConfig, PlanSearchConfig
+from megakor.config.schema import ModelConfig, PlanConfig, PlanSearchConfig, PretrainConfig
 from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, parameter_specs, resolve_vocabulary
 from megakor.parallel.dims import ParallelDims, smallest_world_size
 from megakor.plan.hardware import Hardware, find_hardware
 from megakor.plan.memory import GIB, StageMemory, stage_memory
-from megakor.plan.partition import layers_of, partition, stage_layers
+from megakor.plan.partition import Layer, Stage, layers_of, partition
 from megakor.plan.time import StepTime, adapter_parameters, step_time
 from megakor.plan.traffic import Traffic, stage_traffic
 from megakor.plan.work import Adapters, StageLayers
@@ -35,12 +35,14 @@ class Subject:
         model: the architecture, `vocab_size` resolved.
         world_size: ranks, one for each accelerator.
         adapters: what is trained; None: all weights.
+        layers: of the model.
     """
 
     model: ModelConfig
     hardware: Hardware
     world_size: int
     adapters: Adapters | None
+    layers: list[Layer]
 
     @property
     def capacity(self) -> int:
@@ -61,7 +63,8 @@ class Subject:
             hardware = replace(hardware, per_node=config.cluster.ranks_per_node)
         rank = config.lora.rank
         adapters = None if rank is None else Adapters(rank, tuple(dict.fromkeys(config.lora.targets)))
-        return cls(with_vocabulary(config), hardware, count, adapters)
+        model = with_vocabulary(config)
+        return cls(model, hardware, count, adapters, layers_of(model))
 
 
 def with_vocabulary(config: PlanConfig | PlanSearchConfig) -> ModelConfig:
@@ -155,27 +158,22 @@ def inference_gb(num_parameters: int, bits: int) -> float:
     return num_parameters * 4 / (32 / bits) * 1.2 / 1e9
 
 
-def stages_of(
-    config: PlanConfig | PlanSearchConfig, subject: Subject, dims: ParallelDims
-) -> tuple[list[StageMemory], list[StageLayers]]:
-    """Memory and layers of every pipeline stage."""
-    layers = layers_of(subject.model)
-    cut = partition(layers, config.parallel.pipeline_partition, dims.pipeline, dims.tensor)
+def cut(config: PretrainConfig, subject: Subject, dims: ParallelDims) -> list[Stage]:
+    """The pipeline stages of a layout."""
+    return partition(subject.layers, config.parallel.pipeline_partition, dims.pipeline, dims.tensor)
+
+
+def memory_of(config: PretrainConfig, subject: Subject, dims: ParallelDims, stages: list[Stage]) -> list[StageMemory]:
+    """Memory of a rank of every stage."""
     on_host = not subject.hardware.overlaps
-    memory = [
-        stage_memory(config, subject.model, dims, stage, held, subject.adapters, on_host)
-        for stage, held in enumerate(cut)
-    ]
-    return memory, [stage_layers(held) for held in cut]
+    return [stage_memory(config, subject.model, dims, stage, subject.adapters, on_host) for stage in stages]
 
 
-def time_of(
-    config: PlanConfig | PlanSearchConfig, subject: Subject, dims: ParallelDims, layers: list[StageLayers]
-) -> StepTime:
+def time_of(config: PretrainConfig, subject: Subject, dims: ParallelDims, stages: list[Stage]) -> StepTime:
     """The time of a step."""
     return step_time(
-        subject.model, config.parallel, config.train, dims, subject.hardware, layers, config.optimizer.name,
-        subject.adapters,
+        subject.model, config.parallel, config.train, dims, subject.hardware, [stage.held for stage in stages],
+        config.optimizer.name, subject.adapters,
     )  # fmt: skip
 
 
@@ -188,17 +186,18 @@ def make_plan(config: PlanConfig) -> Plan:
     subject = Subject.of(config)
     model, train = subject.model, config.train
     dims = ParallelDims.from_config(config.parallel, subject.world_size)
-    stages, layers = stages_of(config, subject, dims)
-    time = time_of(config, subject, dims, layers)
+    stages = cut(config, subject, dims)
+    memory = memory_of(config, subject, dims, stages)
+    time = time_of(config, subject, dims, stages)
     adapters = subject.adapters
     trained = sum(parameters_by_part(model).values())
     if adapters is not None:
         whole = StageLayers(range(model.num_hidden_layers), embeds=False, projects=False)
         trained = round(adapter_parameters(model, adapters, whole, 1))
     traffic = []
-    for memory, held in zip(stages, layers, strict=True):
-        own = None if adapters is None else round(adapter_parameters(model, adapters, held, dims.tensor))
-        traffic.append(stage_traffic(config, model, dims, memory.stage, held, memory.parameters, adapters, own))
+    for stage in stages:
+        own = None if adapters is None else round(adapter_parameters(model, adapters, stage.held, dims.tensor))
+        traffic.append(stage_traffic(config, model, dims, stage, adapters, own))
     hours = time.seconds * train.num_steps / 3600
     gpu_hours = hours * subject.world_size
     krw = gpu_hours * config.cluster.price_krw
@@ -209,7 +208,7 @@ def make_plan(config: PlanConfig) -> Plan:
         zero_stage=config.parallel.zero_stage,
         parameters=parameters_by_part(model),
         trained=trained,
-        stages=stages,
+        stages=memory,
         traffic=traffic,
         micro_batch_size=train.micro_batch_size,
         sequence_length=train.sequence_length,

@@ -21,9 +21,10 @@ Bytes at the fullest moment of a step. Gradients are in fp32; the optimizer is f
 pipeline neighbours, DeepSpeed's buckets, gathered weights. Margin: 1.5 GiB of libraries and 5 % of what comes and goes
 for the allocator's gaps, both assumed."""
 TIME_NOTE = """\
-Assumed: messages of tensor ranks are waited for, but for those that a column linear starts in its backward pass, beside
-its products; ZeRO-1 and 2 wait for all messages of replicas, ZeRO-3 for what takes longer than the passes; stages wait
-for what they send; the update runs beside nothing. Loading data, evaluation, checkpoints and restarts are not counted."""
+Assumed: messages of tensor ranks are waited for, but for those that a column linear starts in its backward pass,
+beside its products; ZeRO-1 and 2 wait for all messages of replicas, ZeRO-3 for what takes longer than the passes;
+stages wait for what they send; the update runs beside nothing. Loading data, evaluation, checkpoints and restarts are
+not counted."""
 
 
 def size(num_bytes: float) -> str:
@@ -156,8 +157,8 @@ def print_tables(plan: Plan) -> None:
     trained = "" if plan.trained == total else f"\nTrained: {plan.trained:,} parameters of adapters"
     console.print(
         f"{plan.name}: {dims.world_size} × {plan.hardware.name} = {axes}{sequence}, ZeRO-{plan.zero_stage}\n"
-        f"A step: {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} × {plan.sequence_length:,} tokens in "
-        f"each of {dims.data} replicas; {plan.num_steps:,} steps are {plan.tokens / 1e9:,.1f} billion tokens\n"
+        f"A step: {plan.num_micro_batches} micro-batches of {plan.micro_batch_size} × {plan.sequence_length:,} tokens "
+        f"in each of {dims.data} replicas; {plan.num_steps:,} steps are {plan.tokens / 1e9:,.1f} billion tokens\n"
         f"{total:,} parameters: {parts}{trained}\n\n"
         f"Memory of a rank of each stage, GiB of {plan.hardware.memory_gib:g}:"
     )
@@ -173,6 +174,6 @@ def print_tables(plan: Plan) -> None:
     console.print(
         f"\n{cost.days:,.1f} days, {cost.gpu_hours:,.0f} GPU-hours, {cost.kwh:,.0f} kWh, "
         f"{cost.krw:,.0f} KRW, {cost.usd:,.0f} USD\n\n"
-        f"For inference only, the quick rule P × 4 B / (32 / Q) × 1.2 tells {inference_gb(total, 32):,.1f} GB at 32 bits "
-        f"and {inference_gb(total, 16):,.1f} GB at 16 for the whole model. Training takes what stands above."
+        f"For inference only: the quick rule P × 4 B / (32 / Q) × 1.2 tells {inference_gb(total, 32):,.1f} GB at 32 "
+        f"bits and {inference_gb(total, 16):,.1f} GB at 16. Training takes what stands above."
     )

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from megakor.config.schema import EngineConfig, ModelConfig, Precision
 from megakor.parallel.dims import ParallelDims
+from megakor.plan.partition import Stage
 from megakor.plan.passes import Shape, stage_work
-from megakor.plan.work import Adapters, StageLayers
+from megakor.plan.work import Adapters
 
 FP32 = 4  # bytes
 
@@ -69,9 +70,7 @@ def stage_traffic(
     config: EngineConfig,
     model: ModelConfig,
     dims: ParallelDims,
-    stage: int,
-    layers: StageLayers,
-    numel: int,
+    stage: Stage,
     adapters: Adapters | None = None,
     trained: int | None = None,
 ) -> list[Traffic]:
@@ -80,10 +79,10 @@ def stage_traffic(
     Sums of the loss and of biases, which are small, are left out.
 
     Args:
-        numel: parameters of the rank.
-        trained: of them, those that have gradients; None: all.
+        trained: parameters of the rank that have gradients; None: all.
     """
-    count, train = dims.num_micro_batches(config.train), config.train
+    count, train, layers = dims.num_micro_batches(config.train), config.train, stage.held
+    numel = stage.parameters + (trained or 0)
     shape = Shape(
         model, config.parallel, train.micro_batch_size, train.sequence_length, train.precision.itemsize, adapters
     )
@@ -96,9 +95,9 @@ def stage_traffic(
             counts[place] += number * count
             sizes[place] += round(message.num_bytes) // among * number * count
     found = [Traffic(*place, counts[place], sizes[place]) for place in sorted(counts)]
-    if stage < dims.pipeline - 1:
+    if stage.number < dims.pipeline - 1:
         found.append(Traffic("pipeline", "send_hidden_states", count, round(shape.residual) * count))
-    if stage > 0:
+    if stage.number > 0:
         found.append(Traffic("pipeline", "send_gradients", count, round(shape.residual) * count))
     if model.tie_word_embeddings and dims.pipeline > 1 and (layers.embeds or layers.projects) and adapters is None:
         assert model.vocab_size is not None
