@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megakor.config.cluster_checks import check_cluster
 from megakor.config.plan_checks import check_accelerators, check_lora
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
@@ -22,6 +23,8 @@ from megakor.config.schema import (
     EvaluateConfig,
     GenerateConfig,
     InstructConfig,
+    LaunchInstructConfig,
+    LaunchPretrainConfig,
     ModelConfig,
     OnSpike,
     OptimizerName,
@@ -157,6 +160,7 @@ def check_engine(config: EngineConfig) -> None:
     for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
         share(f"schedule.{name}", getattr(schedule, name))
     check_survival(config)
+    check_cluster(config)
     positive("evaluation.interval", config.evaluation.interval, allow_zero=True)
     positive("logging.interval", config.logging.interval)
     positive("logging.peak_tflops", config.logging.peak_tflops)
@@ -319,6 +323,8 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     PlanConfig: check_plan,
     PlanSearchConfig: check_plan_search,
     InstructConfig: check_instruct,
+    LaunchPretrainConfig: check_pretrain,
+    LaunchInstructConfig: check_instruct,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
     TraceConfig: check_trace,
