@@ -48,7 +48,7 @@ class Import:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.target}"
 
 
-MAINS = {"export", "pretrain", "shard", "train_tokenizer", "__main__"}
+MAINS = {"export", "import_config", "pretrain", "shard", "train_tokenizer", "__main__"}
 
 
 def sources() -> list[Path]:
