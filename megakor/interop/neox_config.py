@@ -167,11 +167,11 @@ def convert(given: Mapping[str, Any], world_size: int | None = None) -> list[Row
     elif "global_num_gpus" not in said and said.get("num_nodes", -1) != -1 and "num_gpus" in said:
         values["global_num_gpus"] = said["num_nodes"] * said["num_gpus"]
     rows = [
-        Row(key, None, "dropped", why="null leaves it to GPT-NeoX") if value is None else _row(key, values)
-        for key, value in given.items()
+        _row(key, values, key not in said) if key in values else Row(key, None, "dropped", why="null says nothing")
+        for key in given
     ]
     done = {ours for row in rows for ours in row.becomes}
-    for key in [key for key in table()["defaults"] if key not in said]:
+    for key in [key for key in table()["defaults"] if key not in given]:
         found = _row(key, values, default=True)
         if found.outcome == "refused" or not found.becomes.keys() <= done:
             rows.append(found)
@@ -223,7 +223,9 @@ def experiment_of(rows: Sequence[Row]) -> dict[str, Any]:
         checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), LATER, experiment))
     except OmegaConfBaseException as error:
         wrong = next(row for row in rows if error.full_key in row.becomes)
-        raise ValueError(f"{wrong.key}={wrong.value} must be as {error.full_key} is: {error.msg}") from None
+        raise ValueError(
+            f"{wrong.key}={wrong.value} must be as {error.full_key} is: {str(error).splitlines()[0]}"
+        ) from None
     assert isinstance(checked, PretrainConfig)
     check_engine(checked)
     check_fit(checked, checked.model)

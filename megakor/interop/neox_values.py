@@ -175,7 +175,7 @@ def decay_steps(neox: Values) -> int:
 def whole_decay(neox: Values) -> dict[str, Any]:
     """Refuse a rate that stops falling before the run ends, or would go on."""
     steps = count(neox, "train_iters")
-    if neox["lr_decay_style"] != "constant" and decay_steps(neox) != steps:
+    if str(neox["lr_decay_style"]).lower() != "constant" and decay_steps(neox) != steps:
         raise ValueError(f"must lead to train_iters={steps}, not {decay_steps(neox)}: a schedule ends with its run")
     return {}
 
@@ -274,6 +274,7 @@ CONVERSIONS: dict[str, Callable[[Values], dict[str, Any]]] = {
     "train_batch_size": batch_sizes,
     "train_micro_batch_size_per_gpu": batch_sizes,
     "gradient_accumulation_steps": batch_sizes,
+    "global_num_gpus": batch_sizes,
     "precision": precision,
     "fp16.enabled": precision,
     "bf16.enabled": precision,
