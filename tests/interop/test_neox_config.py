@@ -102,7 +102,7 @@ def test_dropped_keys_are_told(key: str) -> None:
 CHANGED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "intermediate_size": ({"intermediate_size": 200}, {"model.intermediate_size": 200}),
     "expansion_factor": ({"expansion_factor": 2.5}, {"model.intermediate_size": 160}),
-    "mlp_multiple_of": ({"mlp_multiple_of": 48}, {"model.intermediate_size": 288}),
+    "mlp_multiple_of": ({"mlp_multiple_of": 40}, {"model.intermediate_size": 320}),
     "no_weight_tying": ({"no_weight_tying": True}, {"model.tie_word_embeddings": False}),
     "make_vocab_size_divisible_by": (
         {"make_vocab_size_divisible_by": 64, "model_parallel_size": 2}, {"model.make_vocab_size_divisible_by": 128}
