@@ -10,7 +10,7 @@ from typing import Any
 
 from megakor.config.cluster_checks import check_cluster
 from megakor.config.plan_checks import check_accelerators, check_lora
-from megakor.config.rules import divides, positive, require, share
+from megakor.config.rules import divides, one_of, positive, require, share
 from megakor.config.schema import (
     CheckpointListConfig,
     CheckpointPruneConfig,
@@ -40,6 +40,7 @@ from megakor.config.schema import (
     TraceConfig,
     TrainConfig,
     TrainTokenizerConfig,
+    TuneConfig,
 )
 from megakor.config.verb_checks import (
     check_checkpoint_list,
@@ -172,11 +173,13 @@ def check_engine(config: EngineConfig) -> None:
 def check_survival(config: EngineConfig) -> None:
     """The rules of checkpoints, of steps that go wrong, and of starting again."""
     checkpoint, health = config.checkpoint, config.health
-    positive("checkpoint.interval", checkpoint.interval)
-    for name in ("keep_last", "keep_every", "restart_interval"):
+    for name in ("interval", "keep_last", "keep_every", "restart_interval"):
         positive(f"checkpoint.{name}", getattr(checkpoint, name), allow_zero=True)
     every = checkpoint.keep_every
-    divides("checkpoint.interval", checkpoint.interval, f"checkpoint.keep_every={every}", every)
+    rule = "be 0 with checkpoint.interval=0, which saves nothing to keep"
+    require(not every or checkpoint.interval > 0, "checkpoint.keep_every", every, rule)
+    if every:
+        divides("checkpoint.interval", checkpoint.interval, f"checkpoint.keep_every={every}", every)
     require(checkpoint.resume in ("auto", "never"), "checkpoint.resume", checkpoint.resume, "be auto or never")
     if checkpoint.upload is not None:
         rule = f"be a folder or an address other than run={config.run}"
@@ -301,6 +304,17 @@ def check_plan_search(config: PlanSearchConfig) -> None:
     require(config.cluster.gpus is not None, "cluster.gpus", config.cluster.gpus, "be given: 256xa100-80g and the like")
 
 
+def check_tune(config: TuneConfig) -> None:
+    check_pretrain(config)
+    check_accelerators(config.cluster)
+    rule = "name the accelerators, as many as there are, such as 8xa100-80g: the planner chooses what is tried"
+    require(config.cluster.gpus is not None, "cluster.gpus", None, rule)
+    for name in ("num_layouts", "num_steps"):
+        positive(name, getattr(config, name))
+    positive("warmup_steps", config.warmup_steps, allow_zero=True)
+    one_of("format", config.format, ("table", "json"))
+
+
 def check_pairs(pairs: PairsConfig) -> None:
     share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
     positive("pairs.max_pairs", pairs.max_pairs)
@@ -324,6 +338,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     SimulateConfig: check_simulate,
     PlanConfig: check_plan,
     PlanSearchConfig: check_plan_search,
+    TuneConfig: check_tune,
     InstructConfig: check_instruct,
     LaunchPretrainConfig: check_pretrain,
     LaunchInstructConfig: check_instruct,

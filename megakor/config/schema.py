@@ -94,6 +94,7 @@ __all__ = [
     "TraceConfig",
     "TrainConfig",
     "TrainTokenizerConfig",
+    "TuneConfig",
     "WandbMode",
 ]
 
@@ -257,6 +258,17 @@ class PlanSearchConfig(PretrainConfig):
     lora: LoraConfig = section(LoraConfig, help="what is trained")
     format: str = key("table", help="what to print: table or json")
     num_rows: int = key(10, help="layouts to print; a table's, JSON has all", unit="layouts")
+
+
+@dataclass
+class TuneConfig(PretrainConfig):
+    """Measure a few of the planner's best layouts with real steps, and write the fastest as an experiment."""
+
+    num_layouts: int = key(4, help="layouts to try, those first that the planner holds fastest", unit="layouts")
+    num_steps: int = key(5, help="steps of each that are measured; the median counts", unit="steps")
+    warmup_steps: int = key(2, help="steps of each before them", unit="steps")
+    out: str | None = key(None, help="folder for experiment/NAME-tuned.yaml; null: tune in the run folder")
+    format: str = key("table", help="what to print: table or json")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from megakor.config.fields import key
 
 @dataclass
 class CheckpointConfig:
-    interval: int = key(1000, help="save every so many steps, and at the end", unit="steps")
+    interval: int = key(1000, help="save every so many steps, and at the end; 0: never", unit="steps")
     keep_last: int = key(3, help="whole checkpoints kept; older ones are removed; 0: all")
     keep_every: int = key(0, help="those of multiples of so many steps stay for good; 0: none", unit="steps")
     keep_best: str | None = key(None, help="held-out set; the checkpoint with the lowest loss on it stays")

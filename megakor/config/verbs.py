@@ -56,6 +56,7 @@ VERBS = {
         Verb("simulate", schema.SimulateConfig, "parameters, communication and memory of a layout, on fake tensors"),
         Verb("plan", schema.PlanConfig, "memory, time and cost of a run, without its machines"),
         Verb("plan search", schema.PlanSearchConfig, "the layouts that fit some accelerators, by predicted step time"),
+        Verb("tune", schema.TuneConfig, "measure the planner's best layouts with real steps, and write the fastest"),
         Verb("trace", schema.TraceConfig, "which documents made a step, and which steps saw a document"),
         Verb("instruct", schema.InstructConfig, "go on from a checkpoint with instruction pairs"),
         Verb("checkpoint list", schema.CheckpointListConfig, "the checkpoints of a run, and whether they are whole"),

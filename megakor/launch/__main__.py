@@ -12,30 +12,14 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 
 from megakor.cli import main
-from megakor.config.choices import ClusterKind
 from megakor.config.schema import LaunchInstructConfig, LaunchPretrainConfig
 from megakor.launch.command import Command, program
 from megakor.launch.folder import LaunchFolder
-from megakor.launch.kubernetes import kubernetes_job
-from megakor.launch.launcher import Launcher
-from megakor.launch.local import Local, OneNode
-from megakor.launch.over_ssh import OverSsh
-from megakor.launch.slurm import slurm_job
+from megakor.launch.kinds import SUBMITTED, launcher_of
 from megakor.launch.supervisor import Supervisor
 from megakor.logs import get_logger
 
 log = get_logger(__name__)
-
-SUBMITTED = {ClusterKind.slurm: slurm_job, ClusterKind.kubernetes: kubernetes_job}
-"""Kinds that take a job and start it themselves."""
-
-
-def launcher_of(config: LaunchPretrainConfig | LaunchInstructConfig, folder: LaunchFolder) -> Launcher:
-    """What starts the run's ranks from here."""
-    cluster = config.cluster
-    if cluster.kind is ClusterKind.local:
-        return Local(config, folder)
-    return OverSsh(config, folder) if cluster.ssh else OneNode(config, folder)
 
 
 def submit(commands: Sequence[Command]) -> None:

@@ -1,0 +1,1 @@
+"""The planner's best layouts, tried with real steps."""
