@@ -29,9 +29,7 @@ class Offset:
         return abs(self.seconds) - self.uncertainty <= CLOSE_SECONDS
 
 
-def compare_clocks(
-    meeting: Meeting, leaders: Sequence[int], now: Callable[[], float] = time.time
-) -> dict[int, Offset]:
+def compare_clocks(meeting: Meeting, leaders: Sequence[int], now: Callable[[], float] = time.time) -> dict[int, Offset]:
     """Offsets by rank, on rank 0; elsewhere empty. Rank 0 and every leader call.
 
     Args:

@@ -46,9 +46,15 @@ class Nodes:
             found.append(Node(first.host if hosts[first.host] == 1 else f"{first.host} ({first.address})", own))
         return cls(found)
 
+    def home(self, rank: int) -> Node:
+        """The node that a rank is on."""
+        return next(node for node in self.all if rank in node.ranks)
+
     def where(self, ranks: Iterable[int]) -> str:
         """`node a`, or `node b, ranks 3, 5` where not all of its ranks are meant; several joined by `and`."""
         meant = set(ranks)
+        if len(self.all) > 2 and meant >= {rank for node in self.all for rank in node.ranks}:
+            return "every node"
         words = []
         for node in self.all:
             own = [rank for rank in node.ranks if rank in meant]
@@ -125,8 +131,8 @@ def places(people: Mapping[int, Identity], nodes: Nodes, complete: bool) -> list
             elif one.num_devices and one.device_free < FREE_SHARE * one.device_total:
                 free, total = one.device_free / GIB, one.device_total / GIB
                 faults.append(
-                    f"{here}: {free:.1f} GiB free of {total:.1f} GiB of device memory must be {FREE_SHARE:.0%}: another "
-                    f"process holds the rest"
+                    f"{here}: {free:.1f} GiB of {total:.1f} GiB of device memory are free, must be {FREE_SHARE:.0%}: "
+                    f"another process holds the rest"
                 )
         if devices and len(own) > 1 and first.shared_free < SHARED_BYTES:
             free = first.shared_free / 2**20

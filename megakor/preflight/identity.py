@@ -7,6 +7,7 @@ difference, and not only that there is one.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -80,6 +81,10 @@ class Identity:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def fingerprint(self) -> str:
+        """The first digits of the SHA-256 of the configuration."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def identify(config: EngineConfig, rank: int, interfaces: Interfaces) -> tuple[Identity, Listener | None]:

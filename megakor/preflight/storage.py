@@ -7,6 +7,7 @@ which the others must see, and each of them one, which rank 0 must see. Nothing 
 from __future__ import annotations
 
 import hashlib
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,33 +120,38 @@ def seen(path: Path, seconds: float = SEEN_SECONDS) -> bool:
     return True
 
 
-def check_shared(meeting: Meeting, run: Path, leaders: Sequence[int], token: str) -> dict[int, str]:
+def check_shared(meeting: Meeting, run: Path, leaders: Sequence[int]) -> dict[int, str]:
     """What is wrong with the run folder by rank, on rank 0; elsewhere empty. Rank 0 and every leader call.
 
     Args:
         leaders: one rank of each node, rank 0 among them.
-        token: that tells this preflight's files from others'.
     """
-    mark = run / f".preflight-{token}"
-    own = mark.with_name(f"{mark.name}-{meeting.rank}")
     if meeting.rank:
-        error = meeting.answer("folder made")
-        if error is None:
+        name = meeting.answer("folder made", seconds=ANSWERED_SECONDS + SEEN_SECONDS)
+        if name is not None:
+            mark = run / name
+            own = own_mark(mark, meeting.rank)
             meeting.gather("folder", told_by(mark, own), ANSWERED_SECONDS)
             meeting.answer("folder seen")
             own.unlink(missing_ok=True)
         return {}
+    mark = run / f".preflight-{secrets.token_hex(4)}"
     try:
         with made(run):
-            mark.write_text(token)
+            mark.write_text("")
             try:
-                meeting.answer("folder made")
+                meeting.answer("folder made", mark.name)
                 return answers(meeting, mark, leaders)
             finally:
                 mark.unlink()
     except OSError as error:
-        meeting.answer("folder made", str(error))
+        meeting.answer("folder made")
         return {0: f"must be writable: {error}"}
+
+
+def own_mark(mark: Path, rank: int) -> Path:
+    """The file by which a rank shows rank 0 that it writes to the same folder."""
+    return mark.with_name(f"{mark.name}-{rank}")
 
 
 def told_by(mark: Path, own: Path) -> str:
@@ -166,14 +172,14 @@ def answers(meeting: Meeting, mark: Path, leaders: Sequence[int]) -> dict[int, s
         said = meeting.gather("folder", "", ANSWERED_SECONDS, leaders)
         for rank in leaders[1:]:
             word = said.get(rank, f"must be looked into within {ANSWERED_SECONDS:.0f} s")
-            if not word and not seen(mark.with_name(f"{mark.name}-{rank}")):
+            if not word and not seen(own_mark(mark, rank)):
                 word = f"must be a folder that all nodes share: its file is not seen on rank 0 in {SEEN_SECONDS:.0f} s"
             if word:
                 wrong[rank] = word
     finally:
         meeting.answer("folder seen")
         for rank in leaders[1:]:
-            mark.with_name(f"{mark.name}-{rank}").unlink(missing_ok=True)
+            own_mark(mark, rank).unlink(missing_ok=True)
     return wrong
 
 

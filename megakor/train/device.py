@@ -203,6 +203,21 @@ def matmul_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -
     return 2.0 * side**3 / fastest(lambda: left @ right, seconds) / 1e12
 
 
+def copy_gb_per_s(seconds: float = 0.5, num_bytes: int = 2**28) -> tuple[float, float, float]:
+    """GB/s of this rank's device memory (read and written), of the link from the host to it, and of the host's memory.
+
+    On a CPU the three are one.
+    """
+    host = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(2)]
+    in_host = 2 * num_bytes / fastest(lambda: host[1].copy_(host[0]), seconds) / 1e9
+    if is_cpu():
+        return in_host, in_host, in_host
+    there = [torch.empty(num_bytes, dtype=torch.uint8, device=device()) for _ in range(2)]
+    pinned = get_accelerator().pin_memory(host[0])
+    link = num_bytes / fastest(lambda: there[0].copy_(pinned, non_blocking=True), seconds) / 1e9
+    return 2 * num_bytes / fastest(lambda: there[1].copy_(there[0]), seconds) / 1e9, link, in_host
+
+
 def measure_peak_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -> float:
     """Matmul rate of all ranks together, TFLOP/s; every rank calls, and all measure at once. As `matmul_tflops`."""
     dist.barrier()
