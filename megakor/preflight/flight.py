@@ -209,6 +209,19 @@ class Preflight:
             if size > self.report.disk_free:
                 free = f"{self.report.disk_free / GIB:.3g} GiB"
                 faults.append(f"run={self.config.run} must have {size / GIB:.3g} GiB free for a checkpoint, has {free}")
+            faults += self._short_of_memory(size) if self.config.checkpoint.asynchronous else []
+        return faults
+
+    def _short_of_memory(self, size: int) -> list[str]:
+        """Nodes whose hosts cannot hold their ranks' copies of a checkpoint of so many bytes."""
+        faults = []
+        for node in self.report.nodes:
+            copy = size * len(node.ranks) / self.report.world_size
+            if copy > node.host_free:
+                faults.append(
+                    f"node {node.label}: {node.host_free / GIB:.3g} GiB of host memory are free, must hold its part of "
+                    f"a checkpoint while it is written, {copy / GIB:.3g} GiB (checkpoint.asynchronous)"
+                )
         return faults
 
     def _measured(self, measured: Mapping[int, Mapping[str, Any]]) -> list[str]:

@@ -104,7 +104,7 @@ def identify(config: EngineConfig, rank: int, interfaces: Interfaces) -> tuple[I
             listener = Listener(library_address)
         except OSError as error:
             problems.append(f"address={library_address} must be one to listen at: {error}")
-    free, total = device_memory() if local_rank < max(1, num_devices()) else (0, 0)
+    free, total = device_memory() if is_cpu() or local_rank < num_devices() else (0, 0)
     identity = Identity(
         rank=rank,
         local_rank=local_rank,

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megakor.train.device import take_place
+from megakor.preflight.addresses import reachable_by_others
+from megakor.train.device import local_world_size, take_place
 
 POLL_SECONDS = 0.05
 ANSWER_SECONDS = 60.0
@@ -45,13 +46,14 @@ class Meeting:
         """Meet where the launcher says, MASTER_ADDR and MASTER_PORT; without a launcher, alone.
 
         Raises:
-            OSError: rank 0 cannot listen there, or does not answer within so many seconds.
+            OSError: rank 0 cannot listen there, does not answer within so many seconds, or no other node can reach it.
         """
         if take_place():
             return cls(dist.HashStore(), 0, 1)
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        check_address(address, rank)
         if not serves:
             wait_for(address, port, seconds)
         timeout = timedelta(seconds=ANSWER_SECONDS)
@@ -112,6 +114,22 @@ class Meeting:
         keys = [f"parted/{rank}" for rank in there]
         while self.rank == 0 and time.monotonic() < deadline and not self.store.check(keys):
             time.sleep(POLL_SECONDS)
+
+
+def check_address(address: str, rank: int) -> None:
+    """OSError where a rank of another node than rank 0's would look for rank 0 on its own."""
+    try:
+        found = [str(place[4][0]) for place in socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)]
+    except socket.gaierror as error:
+        raise OSError(
+            f"rank {rank} on {socket.gethostname()}: MASTER_ADDR={address} (cluster.master_address) must be an address "
+            f"or a name that has one: {error.strerror}"
+        ) from error
+    if rank >= local_world_size() and not reachable_by_others(found[0]):
+        raise OSError(
+            f"rank {rank} on {socket.gethostname()}: MASTER_ADDR={address} (cluster.master_address) must be an address "
+            f"of rank 0's node that other nodes reach; it is {found[0]}"
+        )
 
 
 def wait_for(address: str, port: int, seconds: float) -> None:

@@ -30,6 +30,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
+def counted(count: int, what: str) -> str:
+    """`no faults`, `1 fault`, `2 faults`."""
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+
+
 def row(node: NodeReport) -> list[str]:
     """A node's cells."""
     devices = f"{len(node.ranks)} of {node.num_devices} × {node.device}" if node.num_devices else node.device
@@ -60,9 +65,10 @@ def print_table(report: Report) -> None:
     """The report for people, on standard output; the faults at its end."""
     console = Console(width=max(WIDTH, Console().width), highlight=False, markup=False)
     software = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    console.print(f"{report.world_size} ranks on {len(report.nodes)} nodes")
+    ranks, nodes = counted(report.world_size, "rank"), counted(len(report.nodes), "node")
+    console.print(f"{ranks} on {nodes}")
     if report.nodes:
-        console.print(f"{software}, {report.packages} packages; configuration {report.configuration}\n")
+        console.print(f"{software}, {report.packages} packages; configuration {report.configuration}\n", soft_wrap=True)
         console.print(table(report))
     for key, fingerprint in report.inputs.items():
         console.print(f"{key}: {fingerprint}")
@@ -76,4 +82,4 @@ def print_table(report: Report) -> None:
     console.print(f"\n{sum(report.seconds.values()):.1f} s: {parts}")
     for fault in report.faults:
         console.print(f"FAULT {fault}", soft_wrap=True)
-    console.print(f"{len(report.faults)} faults" if report.faults else "no faults")
+    console.print(counted(len(report.faults), "fault"))
