@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 from megakor.config.compose import main
@@ -14,11 +15,13 @@ def run(config: PreflightConfig) -> None:
     """Print a table or one JSON object on rank 0; all ranks end together, with status 1 where there is a fault."""
     with redirect_stdout(sys.stderr):  # where DeepSpeed, once imported, prints and logs to
         from megakor.preflight.flight import Faulty, Preflight
-        from megakor.preflight.hardware import write_hardware
+        from megakor.preflight.hardware import probe, write_hardware
         from megakor.preflight.table import as_json, print_table
         from megakor.train.run import process_group
 
-        flight = Preflight(config, config.wait_seconds, config.slow_below, probing=config.out is not None)
+        flight = Preflight(
+            config, config.wait_seconds, config.slow_below, partial(probe, config) if config.out else None
+        )
         try:
             flight.meet()
             with process_group(config):

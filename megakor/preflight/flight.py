@@ -21,7 +21,7 @@ from megakor.logs import get_logger
 from megakor.preflight.addresses import Interfaces, unreachable
 from megakor.preflight.clock import CLOSE_SECONDS, Offset, compare_clocks
 from megakor.preflight.compare import GIB, Node, Nodes, differences, faults_of
-from megakor.preflight.hardware import Probe, probe
+from megakor.preflight.hardware import Probe
 from megakor.preflight.identity import Identity, identify
 from megakor.preflight.judge import slow
 from megakor.preflight.meeting import Meeting
@@ -52,7 +52,7 @@ class Preflight:
         config: the run.
         wait_seconds: how long ranks wait for each other at the start.
         slow_below: share of the median of the others below which a device or a link is a fault.
-        probing: whether memory and all arithmetics are measured as well.
+        probe: measures more of this rank's device, for `probes`; None: nothing.
 
     Attributes:
         report: what has been found so far, on rank 0; the faults on every rank.
@@ -64,9 +64,9 @@ class Preflight:
         config: EngineConfig,
         wait_seconds: float = PreflightConfig.wait_seconds,
         slow_below: float = PreflightConfig.slow_below,
-        probing: bool = False,
+        probe: Callable[[], Probe] | None = None,
     ) -> None:
-        self.config, self.wait_seconds, self.slow_below, self.probing = config, wait_seconds, slow_below, probing
+        self.config, self.wait_seconds, self.slow_below, self.probe = config, wait_seconds, slow_below, probe
         self.meeting = Meeting.open(wait_seconds)
         self.rank = self.meeting.rank
         self.report = Report(self.meeting.world_size, run=config.run)
@@ -115,8 +115,8 @@ class Preflight:
         self._settle(faults)
         with self._timed("rates"):
             own = {"rates": measure(self.meeting, self.nodes.all, self.config.train.precision).as_json()}
-            if self.probing:
-                own["probe"] = asdict(probe())
+            if self.probe is not None:
+                own["probe"] = asdict(self.probe())
             measured = self.meeting.gather("rates", own, MEASURED_SECONDS)
             found = self._measured(measured) if self.rank == 0 else []
             faults = self.meeting.answer("measured", found, MEASURED_SECONDS)
@@ -228,7 +228,7 @@ class Preflight:
         """What failed, and what is slow."""
         rates = {rank: Rates.from_json(one["rates"]) for rank, one in measured.items()}
         self.report.add_rates(rates)
-        self.probes = [Probe(**one["probe"]) for one in measured.values() if self.probing]
+        self.probes = [Probe(**one["probe"]) for one in measured.values() if self.probe is not None]
         silent = [rank for rank in self.there if rank not in rates]
         late = [f"{self.nodes.where(silent)}: must have measured within {MEASURED_SECONDS:.0f} s"] if silent else []
         errors = [f"{self.nodes.where([rank])}: {error}" for rank, own in rates.items() for error in own.errors]

@@ -10,17 +10,21 @@ from pathlib import Path
 
 import yaml
 
-from megakor.config.schema import Precision
+from megakor.config.schema import Precision, PretrainConfig
 from megakor.files import atomic_write
 from megakor.preflight.report import Report
-from megakor.train.device import copy_gb_per_s, is_cpu, matmul_tflops
+from megakor.train.device import attention_tflops, copy_gb_per_s, is_cpu, matmul_tflops
 
 PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a rank's device does while all others do the same. TFLOP/s and GB/s."""
+    """What a rank's device does while all others do the same. TFLOP/s and GB/s.
+
+    Attributes:
+        attention_efficiency: rate of causal attention over that of matmuls, in the run's arithmetic.
+    """
 
     bf16_tflops: float
     fp16_tflops: float
@@ -28,13 +32,18 @@ class Probe:
     memory_gb_per_s: float
     host_gb_per_s: float
     host_memory_gb_per_s: float
+    attention_efficiency: float
 
 
-def probe() -> Probe:
+def probe(config: PretrainConfig) -> Probe:
     """Measure this rank's device; a few seconds."""
+    model, train = config.model, config.train
+    head_dim = model.hidden_size // model.num_attention_heads
     tflops = {f"{precision.value}_tflops": matmul_tflops(precision, PROBE_SECONDS) for precision in Precision}
     copies = zip(("memory", "host", "host_memory"), copy_gb_per_s(PROBE_SECONDS), strict=True)
-    return Probe(**tflops, **{f"{name}_gb_per_s": rate for name, rate in copies})
+    attention = attention_tflops(train.precision, model.num_attention_heads, train.sequence_length, head_dim)
+    efficiency = attention / tflops[f"{train.precision.value}_tflops"]
+    return Probe(**tflops, **{f"{name}_gb_per_s": rate for name, rate in copies}, attention_efficiency=efficiency)
 
 
 def hardware(report: Report, probes: Sequence[Probe], watts: float) -> dict[str, float | int | bool]:
@@ -58,7 +67,6 @@ def hardware(report: Report, probes: Sequence[Probe], watts: float) -> dict[str,
     figures = {
         "memory_gib": nodes[0].device_total / 2**30 / (per_node if is_cpu() else 1),
         **rates,
-        "matmul_efficiency": 1.0,
         "node_gb_per_s": node[0],
         "network_gb_per_s": network[0],
         "node_latency_us": node[1],

@@ -203,6 +203,19 @@ def matmul_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -
     return 2.0 * side**3 / fastest(lambda: left @ right, seconds) / 1e12
 
 
+def attention_tflops(precision: Precision, heads: int, length: int, head_dim: int, seconds: float = 0.5) -> float:
+    """This rank's rate in causal attention of one sequence, forward and backward, the masked half not counted."""
+    shape = (1, heads, length, head_dim)
+    states = [torch.randn(shape, device=device(), dtype=DTYPES[precision], requires_grad=True) for _ in range(3)]
+    gradient = torch.ones(shape, device=device(), dtype=DTYPES[precision])
+
+    def both() -> None:
+        torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True).backward(gradient)
+
+    # Two products forward and five backward, each of length² / 2 · head_dim multiplications and additions a head.
+    return 7.0 * heads * length**2 * head_dim / fastest(both, seconds) / 1e12
+
+
 def copy_gb_per_s(seconds: float = 0.5, num_bytes: int = 2**28) -> tuple[float, float, float]:
     """GB/s of this rank's device memory (read and written), of the link from the host to it, and of the host's memory.
 
