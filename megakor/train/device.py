@@ -206,26 +206,28 @@ def matmul_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -
 def attention_tflops(precision: Precision, heads: int, length: int, head_dim: int, seconds: float = 0.5) -> float:
     """This rank's rate in causal attention of one sequence, forward and backward, the masked half not counted."""
     shape = (1, heads, length, head_dim)
-    states = [torch.randn(shape, device=device(), dtype=DTYPES[precision], requires_grad=True) for _ in range(3)]
+    query, key, value = (
+        torch.randn(shape, device=device(), dtype=DTYPES[precision], requires_grad=True) for _ in range(3)
+    )
     gradient = torch.ones(shape, device=device(), dtype=DTYPES[precision])
 
     def both() -> None:
-        torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True).backward(gradient)
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).backward(gradient)
 
     # Two products forward and five backward, each of length² / 2 · head_dim multiplications and additions a head.
     return 7.0 * heads * length**2 * head_dim / fastest(both, seconds) / 1e12
 
 
-def copy_gb_per_s(seconds: float = 0.5, num_bytes: int = 2**28) -> tuple[float, float, float]:
+def copy_gb_per_s(seconds: float = 0.5, num_bytes: int = 2**26) -> tuple[float, float, float]:
     """GB/s of this rank's device memory (read and written), of the link from the host to it, and of the host's memory.
 
     On a CPU the three are one.
     """
-    host = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(2)]
+    host = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
     in_host = 2 * num_bytes / fastest(lambda: host[1].copy_(host[0]), seconds) / 1e9
     if is_cpu():
         return in_host, in_host, in_host
-    there = [torch.empty(num_bytes, dtype=torch.uint8, device=device()) for _ in range(2)]
+    there = [torch.ones(num_bytes, dtype=torch.uint8, device=device()) for _ in range(2)]
     pinned = get_accelerator().pin_memory(host[0])
     link = num_bytes / fastest(lambda: there[0].copy_(pinned, non_blocking=True), seconds) / 1e9
     return 2 * num_bytes / fastest(lambda: there[1].copy_(there[0]), seconds) / 1e9, link, in_host
