@@ -140,7 +140,7 @@ def test_two_ranks_of_one_local_rank(made: Made, tmp_path: Path) -> None:
     """What a host that is listed twice leads to."""
     config = configuration(made, tmp_path / "run")
     twice = Seat(config, environment={"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
-    faults = same_faults(fly([copy.deepcopy(twice), twice]))
+    faults = same_faults(fly([copy.deepcopy(twice), twice], master=outside_interface()[1]))
     here = socket.gethostname()
     assert f"node {here}, ranks 0, 1: LOCAL_RANK=0 must be one rank's alone" in faults
     assert f"node {here}: LOCAL_WORLD_SIZE=1 must be the number of its ranks, 2" in faults
