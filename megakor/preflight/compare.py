@@ -75,6 +75,11 @@ def listed(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"
 
 
+def counted(count: int, what: str) -> str:
+    """`no faults`, `1 fault`, `2 faults`."""
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+
+
 def faults_of(people: Mapping[int, Identity], world_size: int, seconds: float) -> list[str]:
     """Everything that is wrong with who has come.
 

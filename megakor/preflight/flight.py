@@ -20,7 +20,7 @@ from megakor.config.schema import EngineConfig, PreflightConfig
 from megakor.logs import get_logger
 from megakor.preflight.addresses import Interfaces, unreachable
 from megakor.preflight.clock import CLOSE_SECONDS, Offset, compare_clocks
-from megakor.preflight.compare import GIB, Node, Nodes, differences, faults_of
+from megakor.preflight.compare import GIB, Node, Nodes, counted, differences, faults_of
 from megakor.preflight.hardware import Probe
 from megakor.preflight.identity import Identity, identify
 from megakor.preflight.judge import slow
@@ -123,7 +123,7 @@ class Preflight:
         self._settle(faults)
 
     def part(self) -> None:
-        """Leave together; every rank calls, at the end."""
+        """End together; every rank calls, rank 0 when it has shown the report: a launcher ends all after the first."""
         self.meeting.part(self.there)
 
     @property
@@ -247,11 +247,18 @@ def preflight(config: EngineConfig) -> Callable[[], None]:
     if not config.launch.preflight:
         return lambda: None
     flight = Preflight(config)
-    flight.meet()
+
+    def together(half: Callable[[], None]) -> None:
+        try:
+            half()
+        except Faulty:
+            flight.part()
+            raise
 
     def measure() -> None:
-        flight.measure()
-        log.info("preflight: %d ranks on %d nodes, no faults, %.1f s", len(flight.there), len(flight.nodes.all),
-                 sum(flight.report.seconds.values()))  # fmt: skip
+        together(flight.measure)
+        where = f"{counted(len(flight.there), 'rank')} on {counted(len(flight.nodes.all), 'node')}"
+        log.info("preflight: %s, no faults, %.1f s", where, sum(flight.report.seconds.values()))
 
+    together(flight.meet)
     return measure

@@ -108,7 +108,8 @@ class Meeting:
             raise OSError(f"preflight: rank {rank} must tell {topic} within {seconds:.0f} s: {why}") from error
 
     def part(self, there: Sequence[int]) -> None:
-        """Leave, rank 0 last of `there`, the ranks that have come: every rank calls, and all have heard all by then."""
+        """End together: nobody before rank 0 calls, and rank 0 last of `there`, the ranks that have come."""
+        self.answer("over")
         self.store.set(f"parted/{self.rank}", "")
         deadline = time.monotonic() + PART_SECONDS
         keys = [f"parted/{rank}" for rank in there]

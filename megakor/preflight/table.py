@@ -8,7 +8,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-from megakor.preflight.compare import listed
+from megakor.preflight.compare import counted, listed
 from megakor.preflight.report import NodeReport, Report
 
 GIB = 2**30
@@ -28,11 +28,6 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
-
-
-def counted(count: int, what: str) -> str:
-    """`no faults`, `1 fault`, `2 faults`."""
-    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
 
 
 def row(node: NodeReport) -> list[str]:
