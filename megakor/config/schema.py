@@ -83,6 +83,7 @@ __all__ = [
     "PlanConfig",
     "PlanSearchConfig",
     "Precision",
+    "PreflightConfig",
     "PretrainConfig",
     "ReportConfig",
     "ScheduleConfig",
@@ -269,6 +270,19 @@ class TuneConfig(PretrainConfig):
     warmup_steps: int = key(2, help="steps of each before them", unit="steps")
     out: str | None = key(None, help="folder for experiment/NAME-tuned.yaml; null: tune in the run folder")
     format: str = key("table", help="what to print: table or json")
+
+
+@dataclass
+class PreflightConfig(PretrainConfig):
+    """Check the machines of a pretraining run, on all its ranks, before anything is built."""
+
+    format: str = key("table", help="what to print: table or json")
+    wait_seconds: float = key(30.0, help="how long ranks wait for each other at the start", unit="s")
+    slow_below: float = key(0.7, help="share of the others' median; devices and links below it are faults")
+    out: str | None = key(None, help="write the measured rates there, a YAML file that plan takes as hardware")
+    watts: float | None = key(
+        None, help="with out: power of a device with its share of the node, which is not measured", unit="W"
+    )
 
 
 @dataclass
