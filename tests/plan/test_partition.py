@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -36,7 +37,7 @@ def test_shipped_models_are_cut_as_deepspeed_cuts_them(name: str, tensor: int) -
     for num_stages in (2, 3, 4, 7, 8, 16):
         borders = partition_balanced(sizes, num_stages)
         stages = partition(layers, "parameters", num_stages, tensor)
-        assert [len(stage.layers) for stage in stages] == [stop - start for start, stop in zip(borders, borders[1:])]
+        assert [len(stage.layers) for stage in stages] == [stop - start for start, stop in itertools.pairwise(borders)]
         assert sum(stage.parameters for stage in stages) == sum(sizes)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megakor.config.plan_schema import LORA_TARGETS
-from megakor.config.schema import TrainTokenizerConfig
+from megakor.config.schema import ClusterConfig, TrainTokenizerConfig
 from megakor.plan.memory import GIB
 from megakor.plan.picture import COLORS, picture
 from megakor.plan.plan import Plan, inference_gb, make_plan
@@ -81,7 +81,8 @@ def test_cost_follows_from_the_step(largest: Plan) -> None:
 
 def test_the_reported_cost_is_the_default_price() -> None:
     """3 to 4 hundred million won, 256 A100s, 3 to 4 weeks: of the middles, 2,325 won an hour, rounded."""
-    assert 350e6 / (256 * 3.5 * 7 * 24) == pytest.approx(2325, rel=1e-3)
+    won_an_hour = 350e6 / (256 * 3.5 * 7 * 24)
+    assert won_an_hour == pytest.approx(ClusterConfig().price_krw, rel=1e-3)
 
 
 def test_accelerators() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from megakor.config.checks import check_plan
 from megakor.config.schema import ActivationCheckpointing, PlanSearchConfig
 from megakor.plan.plan import Subject, make_plan
-from megakor.plan.search import BOUNDS, Found, Layout, mended, search
+from megakor.plan.search import BOUNDS, KEYS, RECOMPUTED, Found, Layout, changed, mended, search, values
 from tests.config.commands import quickly_composed
 
 SMALL = ("model=1_3b", "cluster.gpus=8xa100-40g", "train.global_batch_size=64")
@@ -49,53 +50,40 @@ def test_the_best_can_be_pasted(small: Found) -> None:
 
 
 def test_each_legal_combination_of_sizes_is_there_or_does_not_fit(small: Found) -> None:
-    """Against plans made one by one, of all sizes of 8 ranks with micro-batches of 1."""
+    """Against the rules and plans one by one, of all sizes of 8 ranks with micro-batches of 1."""
+    names = KEYS[0], KEYS[1], KEYS[2], "parallel.zero_stage", "parallel.sequence_parallel"
     seen = {
-        (layout.dims.tensor, layout.dims.pipeline, layout.dims.context, layout.parallel.zero_stage,
-         layout.parallel.sequence_parallel)
+        tuple(values(layout.parallel, layout.train)[name] for name in names)
         for layout in small.layouts if layout.train.micro_batch_size == 1
     }  # fmt: skip
-    refused = 0
-    for tensor, pipeline, context, stage, sequence in itertools.product(
-        (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 3), (False, True)
-    ):
-        place = tensor, pipeline, context, stage, sequence
-        words = [
-            f"parallel.tensor_parallel_size={tensor}", f"parallel.pipeline_parallel_size={pipeline}",
-            f"parallel.context_parallel_size={context}", f"parallel.zero_stage={stage}",
-            f"parallel.sequence_parallel={sequence}", "train.micro_batch_size=1",
-        ]  # fmt: skip
-        if tensor * pipeline * context > 8 or (place not in seen and pipeline > 1 and (stage > 1 or context > 1)):
+    config, sizes = quickly_composed("plan", *SMALL), (1, 2, 4, 8)
+    expected = set()
+    for place in itertools.product(sizes, sizes, sizes, (1, 2, 3), (False, True)):
+        if place[0] * place[1] * place[2] > 8:
             continue
-        if place in seen:
+        most = {"train.micro_batch_size": 1, "train.activation_checkpointing": ActivationCheckpointing.full}
+        tried = changed(config, dict(zip(names, place, strict=True)) | most)
+        try:
+            check_plan(tried)
+        except ValueError:
             continue
-        refused += 1
-        with pytest.raises(ValueError, match="must|fits"):
-            plan = make_plan(quickly_composed("plan", *SMALL, *words, "train.activation_checkpointing=full"))
-            if not plan.fits:
-                raise ValueError("nothing fits")
-    assert len(seen) > 15
-    assert refused > 3
+        if make_plan(tried).fits:
+            expected.add(place)
+    assert len(expected) > 15
+    assert seen == expected
 
 
 def test_no_more_is_recomputed_than_is_needed() -> None:
     _, found = searched("model=5_8b", "cluster.gpus=8xa100-40g", "train.global_batch_size=64")
     kinds = {layout.train.activation_checkpointing for layout in found.layouts}
     assert kinds == set(ActivationCheckpointing)
+    base = quickly_composed("plan", "model=5_8b", "cluster.gpus=8xa100-40g", "train.global_batch_size=64")
+    less = dict(itertools.pairwise(reversed(RECOMPUTED)))
     for layout in found.layouts:
-        offloaded = layout.parallel.offload_optimizer
-        if layout.train.activation_checkpointing is ActivationCheckpointing.none or offloaded:
-            continue
-        less = "none" if layout.train.activation_checkpointing is ActivationCheckpointing.selective else "selective"
-        plan = make_plan(
-            quickly_composed(
-                "plan", "model=5_8b", "cluster.gpus=8xa100-40g", "train.global_batch_size=64",
-                *(f"{key}={value}" for key, value in layout.overrides.items()),
-                f"train.activation_checkpointing={less}",
-            )
-        )  # fmt: skip
-        assert not plan.fits
-        break
+        kind = layout.train.activation_checkpointing
+        if kind in less:
+            taken = values(layout.parallel, layout.train) | {"train.activation_checkpointing": less[kind]}
+            assert not make_plan(changed(base, taken)).fits
 
 
 def test_bounds(small: Found) -> None:
