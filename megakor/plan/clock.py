@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from megakor.config.choices import OptimizerName, Precision
 from megakor.config.schema import ParallelConfig
 from megakor.parallel.dims import ParallelDims
 from megakor.plan.hardware import Hardware, Ring
-from megakor.plan.work import FP32, ITEM_SIZE, Practice, Product, Work
+from megakor.plan.work import FP32, ITEM_SIZE, Message, Practice, Product, Work
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Seconds of a micro-batch, by kind as in `megakor.plan.time.StepTime`."""
+
+    compute: float = 0.0
+    recompute: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    transfers: float = 0.0
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, number: float) -> Pass:
+        return Pass(*(number * seconds for seconds in astuple(self)))
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.tensor + self.context + self.transfers
 
 
 @dataclass(frozen=True)
@@ -33,11 +54,14 @@ class Clock:
         """Seconds of a matrix product."""
         return product.flops / self.rate + product.num_bytes(ITEM_SIZE[self.precision]) / self.memory_rate
 
-    def compute(self, work: Work) -> float:
-        """Seconds of everything but messages."""
-        products = sum(self.product(product) * count for product, count in work.products.items())
-        attention = self.hardware.peak(self.precision) * self.hardware.attention_efficiency
-        return products + work.attention / attention + work.streamed / self.memory_rate
+    def pass_of(self, work: Work) -> Pass:
+        """Seconds of work."""
+        products = sum(map(self.product, work.products))
+        attention = work.attention / (self.hardware.peak(self.precision) * self.hardware.attention_efficiency)
+        waited = {"tensor": 0.0, "context": 0.0}
+        for message in work.messages:
+            waited[message.axis] += self.message(message)
+        return Pass(compute=products + attention + work.streamed / self.memory_rate, **waited)
 
     def ring(self, axis: str) -> Ring:
         """The ranks of an axis: tensor, context or replicas."""
@@ -45,16 +69,12 @@ class Clock:
         sizes = {"tensor": (dims.tensor, 1), "context": (dims.context, dims.tensor)}
         return Ring.of(*sizes.get(axis, (dims.replicas, dims.tensor)), per_node)
 
-    def messages(self, work: Work, axis: str) -> float:
-        """Seconds of waiting for messages."""
-        waited, ring = 0.0, self.ring(axis)
-        for message, count in work.messages.items():
-            if message.axis == axis:
-                seconds = ring.seconds(message.kind, message.num_bytes, self.hardware)
-                if message.beside is not None and self.hardware.overlaps:
-                    seconds = max(0.0, seconds - self.product(message.beside))
-                waited += seconds * count
-        return waited
+    def message(self, message: Message) -> float:
+        """Seconds of waiting for a collective."""
+        seconds = self.ring(message.axis).seconds(message.kind, message.num_bytes, self.hardware)
+        if message.beside is None or not self.hardware.overlaps:
+            return seconds
+        return max(0.0, seconds - self.product(message.beside))
 
 
 def replica_seconds(

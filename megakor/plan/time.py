@@ -26,9 +26,9 @@ from megakor.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megakor.model.flops import train_flops_per_token
 from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, parameter_specs
 from megakor.parallel.dims import ParallelDims
-from megakor.plan.clock import Clock, optimizer_seconds, replica_seconds
+from megakor.plan.clock import Clock, Pass, optimizer_seconds, replica_seconds
 from megakor.plan.hardware import Hardware, Ring
-from megakor.plan.passes import Shape, stage_work
+from megakor.plan.passes import Shape
 from megakor.plan.work import (
     DENSE,
     DOWN,
@@ -41,7 +41,6 @@ from megakor.plan.work import (
     Adapters,
     Practice,
     StageLayers,
-    Work,
 )
 
 
@@ -94,21 +93,6 @@ class StepTime:
     def hfu(self) -> float:
         """The same with recomputation."""
         return self.hardware_flops / self.seconds / self.peak
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Seconds of one micro-batch on a stage."""
-
-    compute: float
-    recompute: float
-    tensor: float
-    context: float
-    transfers: float
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.tensor + self.context + self.transfers
 
 
 def even_stages(num_layers: int, num_stages: int) -> list[StageLayers]:
@@ -171,23 +155,26 @@ def flops_per_token(model: ModelConfig, train: TrainConfig, adapters: Adapters |
     return useful, -(-layers // train.activation_checkpointing_interval) * (block + attention)
 
 
-def pass_time(clock: Clock, works: tuple[Work, Work, Work], accumulated: float, sent: float) -> Pass:
-    """One micro-batch on a stage.
-
-    Args:
-        works: forward, backward, and what is computed again.
-        accumulated: bytes of adding its gradients to those before.
-        sent: bytes of hidden states and gradients that the stage sends.
-    """
-    whole = sum(works, NOTHING)
-    neighbours = Ring(2, 2 if clock.dims.world_size <= clock.hardware.per_node else 1)
-    return Pass(
-        compute=clock.compute(whole) + accumulated / clock.memory_rate,
-        recompute=clock.compute(works[2]),
-        tensor=clock.messages(whole, "tensor"),
-        context=clock.messages(whole, "context"),
-        transfers=neighbours.seconds("send", sent, clock.hardware),
+def stage_passes(clock: Clock, shape: Shape, train: TrainConfig, stages: Sequence[StageLayers]) -> list[Pass]:
+    """One micro-batch on each stage, without what it sends and adds to its gradients."""
+    forward, backward, again, attention = shape.block()
+    block, embedding, head = (
+        clock.pass_of(sum(works, NOTHING)) for works in ((forward, backward), shape.embedding(), shape.head())
     )
+    kind, interval = train.activation_checkpointing, train.activation_checkpointing_interval
+    repeated = {
+        ActivationCheckpointing.none: NOTHING,
+        ActivationCheckpointing.full: again,
+        ActivationCheckpointing.selective: attention,
+    }
+    repeat = clock.pass_of(repeated[kind])
+    repeat = replace(repeat, recompute=repeat.compute)
+    found = []
+    for layers in stages:
+        every = interval if kind is ActivationCheckpointing.full else 1
+        one = block.times(len(layers.blocks)) + repeat.times(sum(index % every == 0 for index in layers.blocks))
+        found.append(one + embedding.times(layers.embeds) + head.times(layers.projects))
+    return found
 
 
 def step_time(
@@ -222,13 +209,14 @@ def step_time(
     if adapters is not None:
         trained = [adapter_parameters(model, adapters, layers, dims.tensor) for layers in stages]
     border = shape.stream / dims.tensor if practice.sends_parts else shape.residual
-    borders = practice.virtual_stages * 2 * border if dims.pipeline > 1 else 0.0
+    sent = practice.virtual_stages * 2 * border if dims.pipeline > 1 else 0.0
+    neighbours = Ring(2, 2 if dims.world_size <= hardware.per_node else 1)
+    transfers = neighbours.seconds("send", sent, hardware) if sent else 0.0
     passes = [
-        pass_time(clock, stage_work(shape, layers, train), numel * (size + 2 * FP32), borders)
-        for layers, numel in zip(stages, trained, strict=True)
+        one + Pass(compute=numel * (size + 2 * FP32) / clock.memory_rate, transfers=transfers)
+        for one, numel in zip(stage_passes(clock, shape, train, stages), trained, strict=True)
     ]
-    slowest = max(range(len(passes)), key=lambda stage: passes[stage].seconds)
-    worst = passes[slowest]
+    worst = max(passes, key=lambda one: one.seconds)
     bubble = (sum(one.seconds for one in passes) - worst.seconds) / practice.virtual_stages
     replicas = max(
         replica_seconds(clock, parallel, practice, numel, weights, one.compute, count)
