@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(__version__)
         return
     below = subverbs(arguments[0])
-    if below and arguments[1:2] and arguments[1] in HELP:
+    if below and arguments[0] not in VERBS and arguments[1:2] and arguments[1] in HELP:
         name = arguments[0]
         print(f"usage: megakor {name} <subverb> key=value …      megakor {name} <subverb> --help shows its keys\n")
         print(listed(below))

@@ -14,6 +14,7 @@ from megakor.data.heldout import HeldoutSet
 from megakor.data.hub import DatasetStream, dataset_stream
 from megakor.data.manifest import check_files
 from megakor.data.stream import PretrainStream, prefetcher, pretrain_stream
+from megakor.model.specs import resolve_vocabulary
 from megakor.parallel.together import on_first_rank
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import local_world_size
@@ -25,7 +26,6 @@ from megakor.train.run import (
     check_same_everywhere,
     locked,
     process_group,
-    resolve_vocabulary,
     resume_point,
     write_run,
 )

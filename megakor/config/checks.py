@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megakor.config.plan_checks import check_accelerators, check_lora
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
     CheckpointListConfig,
@@ -26,6 +27,8 @@ from megakor.config.schema import (
     OptimizerName,
     PairsConfig,
     ParallelConfig,
+    PlanConfig,
+    PlanSearchConfig,
     Precision,
     PretrainConfig,
     ShardConfig,
@@ -277,6 +280,21 @@ def check_simulate(config: SimulateConfig) -> None:
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
 
 
+def check_plan(config: PlanConfig | PlanSearchConfig) -> None:
+    """A plan looks at no data."""
+    check_engine(config)
+    check_fit(config, config.model)
+    check_accelerators(config.cluster)
+    check_lora(config.lora)
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
+def check_plan_search(config: PlanSearchConfig) -> None:
+    check_plan(config)
+    positive("num_rows", config.num_rows)
+    require(config.cluster.gpus is not None, "cluster.gpus", config.cluster.gpus, "be given: 256xa100-80g and the like")
+
+
 def check_pairs(pairs: PairsConfig) -> None:
     share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
     positive("pairs.max_pairs", pairs.max_pairs)
@@ -298,6 +316,8 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     ShardConfig: check_shard,
     PretrainConfig: check_pretrain,
     SimulateConfig: check_simulate,
+    PlanConfig: check_plan,
+    PlanSearchConfig: check_plan_search,
     InstructConfig: check_instruct,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,

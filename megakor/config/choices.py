@@ -12,6 +12,11 @@ class Precision(Enum):
     bf16 = "bf16"
     fp16 = "fp16"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return 4 if self is Precision.fp32 else 2
+
 
 class ActivationCheckpointing(Enum):
     """What the backward pass computes again instead of keeping it."""

@@ -26,6 +26,7 @@ from megakor.config.choices import (
 from megakor.config.cluster_schema import ClusterConfig, KubernetesConfig, SlurmConfig
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
+from megakor.config.plan_schema import LoraConfig
 from megakor.config.survival_schema import CheckpointConfig, HealthConfig, LaunchConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
@@ -66,6 +67,7 @@ __all__ = [
     "KubernetesConfig",
     "LaunchConfig",
     "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "NodeLauncher",
     "OnError",
@@ -74,6 +76,8 @@ __all__ = [
     "OptimizerName",
     "PairsConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanSearchConfig",
     "Precision",
     "PretrainConfig",
     "ReportConfig",
@@ -231,6 +235,24 @@ class SimulateConfig(PretrainConfig):
 
     world_size: int | None = key(None, help="processes; null: as few as the layout's sizes need", unit="ranks")
     format: str = key("table", help="what to print: table or json")
+
+
+@dataclass
+class PlanConfig(PretrainConfig):
+    """Memory, time and cost of a run, without its machines; instruction tuning is planned as training of its model."""
+
+    lora: LoraConfig = section(LoraConfig, help="what is trained")
+    format: str = key("table", help="what to print: table or json")
+    picture: str | None = key(None, help="SVG file to write: memory by pipeline stage")
+
+
+@dataclass
+class PlanSearchConfig(PretrainConfig):
+    """Every layout of a model on some accelerators, by predicted step time."""
+
+    lora: LoraConfig = section(LoraConfig, help="what is trained")
+    format: str = key("table", help="what to print: table or json")
+    num_rows: int = key(10, help="layouts to print; a table's, JSON has all", unit="layouts")
 
 
 @dataclass

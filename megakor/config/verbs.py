@@ -50,6 +50,8 @@ VERBS = {
         Verb("launch pretrain", schema.PretrainConfig, "pretrain under the launcher, and start again after a failure"),
         Verb("launch instruct", schema.InstructConfig, "the same for instruct"),
         Verb("simulate", schema.SimulateConfig, "parameters, communication and memory of a layout, on fake tensors"),
+        Verb("plan", schema.PlanConfig, "memory, time and cost of a run, without its machines"),
+        Verb("plan search", schema.PlanSearchConfig, "the layouts that fit some accelerators, by predicted step time"),
         Verb("trace", schema.TraceConfig, "which documents made a step, and which steps saw a document"),
         Verb("instruct", schema.InstructConfig, "go on from a checkpoint with instruction pairs"),
         Verb("checkpoint list", schema.CheckpointListConfig, "the checkpoints of a run, and whether they are whole"),

@@ -6,6 +6,7 @@ table, never by the names an engine gives. No tensor is made here: what only cou
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ class ParameterSpec:
         """What tensor rank `index` of `count` holds of it."""
         return WHOLE if self.shard_dim is None or count == 1 else Shard(self.shard_dim, index, count)
 
+    def shard_numel(self, count: int) -> int:
+        """Elements that each of `count` tensor ranks holds."""
+        return math.prod(self.shard(0, count).shape(self.shape))
+
 
 def parameter_specs(config: ModelConfig) -> list[ParameterSpec]:
     """Every parameter of the model, each once (a tied embedding is listed as the input embedding only).
@@ -113,3 +118,17 @@ def parameter_specs(config: ModelConfig) -> list[ParameterSpec]:
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model, padded vocabulary rows included."""
     return sum(math.prod(spec.shape) for spec in parameter_specs(config))
+
+
+def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
+    """The architecture with its number of embedding rows.
+
+    Raises:
+        ValueError: fewer rows than the tokenizer has tokens.
+    """
+    rows, multiple = model.vocab_size, model.make_vocab_size_divisible_by
+    if rows is None:
+        rows = math.ceil(num_tokens / multiple) * multiple
+    if rows < num_tokens:
+        raise ValueError(f"model.vocab_size={rows} must be at least the tokenizer's vocabulary, {num_tokens}")
+    return dataclasses.replace(model, vocab_size=rows)

@@ -10,10 +10,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megakor.config.schema import ParallelConfig
+from megakor.config.schema import ParallelConfig, TrainConfig
 
 AXES = ("pipeline", "data", "context", "tensor")
 """Outermost first."""
+
+
+def smallest_world_size(parallel: ParallelConfig) -> int:
+    """The number of processes that a layout's sizes multiply to; an open data_parallel_size counts as 1."""
+    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
+    return math.prod(sizes) * (parallel.data_parallel_size or 1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class ParallelDims:
     def replicas(self) -> int:
         """Ranks that hold the same parameters and sum their gradients: data × context."""
         return self.data * self.context
+
+    def num_micro_batches(self, train: TrainConfig) -> int:
+        """Of a rank in a step of the global batch size; where they do not divide it, empty rows fill them up."""
+        return -(-train.global_batch_size // (train.micro_batch_size * self.data))
 
     def coordinate(self, rank: int, axis: str) -> int:
         """Position of `rank` on an axis."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megakor.plan.traffic import Traffic
 
 OPERATIONS = {
     "allreduce_": ("all_reduce", 0),
@@ -16,26 +17,6 @@ OPERATIONS = {
     "alltoall_base_": ("all_to_all", 1),
 }
 """PyTorch's operations: the kind, and the argument that is put in; the group is the next one."""
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Collectives of one kind among the ranks of one axis.
-
-    Attributes:
-        count: how many; None where DeepSpeed cuts one amount into buckets of its own.
-        num_bytes: of the tensors that a rank puts in, all together: the whole tensor of an all-reduce, a
-            reduce-scatter or an all-to-all, the rank's own part of an all-gather.
-    """
-
-    axis: str
-    kind: str
-    count: int | None
-    num_bytes: int
-
-    def times(self, number: int) -> Traffic:
-        count = None if self.count is None else self.count * number
-        return replace(self, count=count, num_bytes=self.num_bytes * number)
 
 
 class CollectiveLog(TorchDispatchMode):

@@ -7,18 +7,16 @@ equal, and the first tensor rank, which is run, has the most columns of the true
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
-from megakor.config.schema import EngineConfig, ModelConfig, ParallelConfig, SimulateConfig
-from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, num_parameters, parameter_specs
-from megakor.parallel.dims import ParallelDims
-from megakor.simulate.collectives import Traffic
-from megakor.simulate.formulas import FP32, replica_traffic, state_bytes
-from megakor.simulate.stage import Part, Pass, build_quietly, fake_rank, run_pass
+from megakor.config.schema import EngineConfig, ModelConfig, SimulateConfig
+from megakor.model.specs import EMBEDDING, HEAD, num_parameters, parameter_specs, resolve_vocabulary
+from megakor.parallel.dims import ParallelDims, smallest_world_size
+from megakor.plan.memory import state_bytes
+from megakor.plan.partition import prefix_of, words
+from megakor.plan.traffic import FP32, Traffic, replica_traffic
+from megakor.simulate.stage import Pass, build_quietly, fake_rank, run_pass
 from megakor.tokenizer.tokenizer import Tokenizer
-from megakor.train.run import resolve_vocabulary
-from megakor.train.settings import num_micro_batches as micro_batches_of
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,6 @@ class Simulation:
     stages: list[Stage]
 
 
-def smallest_world(parallel: ParallelConfig) -> int:
-    """The number of processes that a layout's sizes multiply to; an open data_parallel_size counts as 1."""
-    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size
-    return math.prod(sizes) * (parallel.data_parallel_size or 1)
-
-
 def vocabulary(config: SimulateConfig) -> tuple[ModelConfig, int]:
     """The architecture with its embedding rows, and the true vocabulary.
 
@@ -89,24 +81,6 @@ def vocabulary(config: SimulateConfig) -> tuple[ModelConfig, int]:
         return config.model, config.model.vocab_size
     num_tokens = Tokenizer.load(config.data.tokenizer).vocab_size
     return resolve_vocabulary(config.model, num_tokens), num_tokens
-
-
-def words(parts: list[Part]) -> str:
-    """The layers of a stage, from the names of its parameters."""
-    blocks = sorted({int(found[1]) for part in parts if (found := re.match(r"gpt_neox\.layers\.(\d+)\.", part.name))})
-    span = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}" if blocks else ""
-    tied = any(part.tied_elsewhere for part in parts)
-    names = {part.name.rpartition(".")[0] for part in parts}
-    return ", ".join(
-        text
-        for text, there in (
-            ("embedding", EMBEDDING in names and not tied),
-            (span, bool(blocks)),
-            ("final norm", FINAL_NORM in names),
-            ("output", HEAD in names or tied),
-        )
-        if there
-    )
 
 
 def check_parameters(model: ModelConfig, passes: list[Pass]) -> None:
@@ -123,7 +97,7 @@ def check_parameters(model: ModelConfig, passes: list[Pass]) -> None:
 
 def stage_of(config: EngineConfig, model: ModelConfig, dims: ParallelDims, number: int, run: Pass) -> Stage:
     """One stage's figures, from its rank's pass."""
-    num_micro_batches = micro_batches_of(config, dims)
+    num_micro_batches = dims.num_micro_batches(config.train)
     numel = sum(part.numel for part in run.parts)
     micro_batch = list(run.traffic)
     if number < dims.pipeline - 1:
@@ -139,7 +113,7 @@ def stage_of(config: EngineConfig, model: ModelConfig, dims: ParallelDims, numbe
     weights, gradients, optimizer = state_bytes(config, dims, numel)
     return Stage(
         stage=number,
-        holds=words(run.parts),
+        holds=words({HEAD if part.tied_elsewhere else prefix_of(part.name) for part in run.parts}),
         parameters=numel,
         micro_batch=micro_batch,
         step=step,
@@ -158,7 +132,7 @@ def simulate(config: SimulateConfig) -> Simulation:
     Raises:
         ValueError: the layout does not fit the number of processes or the batch, or a pass waits for the device.
     """
-    dims = ParallelDims.from_config(config.parallel, config.world_size or smallest_world(config.parallel))
+    dims = ParallelDims.from_config(config.parallel, config.world_size or smallest_world_size(config.parallel))
     model, num_tokens = vocabulary(config)
     passes = []
     for number in range(dims.pipeline):
@@ -174,6 +148,6 @@ def simulate(config: SimulateConfig) -> Simulation:
         parameters=num_parameters(model),
         micro_batch_size=train.micro_batch_size,
         sequence_length=train.sequence_length,
-        num_micro_batches=micro_batches_of(config, dims),
+        num_micro_batches=dims.num_micro_batches(config.train),
         stages=[stage_of(config, model, dims, number, run) for number, run in enumerate(passes)],
     )

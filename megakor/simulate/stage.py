@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megakor.config.schema import EngineConfig, ModelConfig
 from megakor.parallel.build import Built, build
+from megakor.parallel.chunks import ACCELERATOR_LOSS_CHUNK
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
-from megakor.simulate.collectives import CollectiveLog, Traffic
+from megakor.plan.traffic import Traffic
+from megakor.simulate.collectives import CollectiveLog
 from megakor.simulate.memory import LiveMemory
 from megakor.simulate.synchronisation import no_synchronisation
 from megakor.train.device import (
-    ACCELERATOR_LOSS_CHUNK,
     DTYPES,
     device,
     end_process_group,

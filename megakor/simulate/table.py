@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from rich.console import Console
 from rich.table import Table
 
-from megakor.simulate.collectives import Traffic
+from megakor.plan.table import new_console, new_table, size
+from megakor.plan.traffic import Traffic
 from megakor.simulate.layout import Simulation, Stage
 
 FOOTNOTE = """\
@@ -17,17 +17,6 @@ kept: activations of one micro-batch between its passes; activations: those of a
   buffers, kernels' workspaces, the allocator's gaps, scalars such as the loss. Without a star: run on fake tensors.
 Bytes are those of the tensors that a rank puts in: its own part of an all_gather, the whole tensor of the others."""
 
-WIDTH = 160  # columns that the widest table needs
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
-    value, unit = float(num_bytes), 0
-    while value >= 1024 and unit < len(UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.0f} {UNITS[unit]}" if unit == 0 or value >= 100 else f"{value:.2f} {UNITS[unit]}"
-
 
 def as_json(simulation: Simulation) -> str:
     """All figures as one JSON object; sizes in bytes."""
@@ -35,15 +24,6 @@ def as_json(simulation: Simulation) -> str:
     for stage, found in zip(simulation.stages, figures["stages"], strict=True):
         found["memory"] = stage.memory
     return json.dumps(figures | {"world_size": simulation.dims.world_size})
-
-
-def new_table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in left:
-        table.add_column(column, no_wrap=True)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def memory_table(stages: list[Stage]) -> Table:
@@ -80,7 +60,7 @@ def traffic_table(stages: list[Stage]) -> Table:
 def print_tables(simulation: Simulation) -> None:
     """The figures for people, on standard output."""
     dims = simulation.dims
-    console = Console(width=max(WIDTH, Console().width), highlight=False)
+    console = new_console()
     axes = f"tensor {dims.tensor} × pipeline {dims.pipeline} × context {dims.context} × data {dims.data}"
     sequence = ", sequence parallel" if dims.sequence_parallel else ""
     console.print(

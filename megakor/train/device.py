@@ -19,12 +19,10 @@ from deepspeed.accelerator import get_accelerator, set_accelerator
 
 from megakor.config.schema import Precision
 from megakor.model.documents import Attending, all_at_once, one_by_one
+from megakor.parallel.chunks import ACCELERATOR_LOSS_CHUNK, HOST_LOSS_CHUNK
 
 HOST = "cpu"
 """DeepSpeed's name of where offloaded state is kept."""
-
-HOST_LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 2**18, 2**27
-"""Logits that the loss works through at a time: what a CPU's cache holds, and enough to fill an accelerator."""
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 

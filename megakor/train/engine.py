@@ -45,7 +45,7 @@ from megakor.train.optimizer import (
     prepare_state,
     set_optimizer_steps,
 )
-from megakor.train.settings import deepspeed_config, num_micro_batches
+from megakor.train.settings import deepspeed_config
 from megakor.train.values import Values
 
 READERS = 4
@@ -103,7 +103,7 @@ class Engine:
         self.dims, self.model, self.num_tokens = dims, model, num_tokens
         self.groups = Groups.create(dims)
         self.data_rank = self.groups.position("data")
-        self.num_micro_batches = num_micro_batches(config, dims)
+        self.num_micro_batches = dims.num_micro_batches(config.train)
         self.micro_batch_size, self.sequence_length = config.train.micro_batch_size, config.train.sequence_length
         self.pipelined = dims.pipeline > 1
         self.clip_grad_norm = config.train.clip_grad_norm

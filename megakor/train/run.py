@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import os
 import shutil
 import socket
@@ -113,20 +112,6 @@ def write_run(config: EngineConfig, tokenizer: Tokenizer) -> None:
             shutil.copytree(tokenizer.folder, run / "tokenizer", dirs_exist_ok=True)
 
     on_first_rank(write)
-
-
-def resolve_vocabulary(model: ModelConfig, num_tokens: int) -> ModelConfig:
-    """The architecture with its number of embedding rows.
-
-    Raises:
-        ValueError: fewer rows than the tokenizer has tokens.
-    """
-    rows, multiple = model.vocab_size, model.make_vocab_size_divisible_by
-    if rows is None:
-        rows = math.ceil(num_tokens / multiple) * multiple
-    if rows < num_tokens:
-        raise ValueError(f"model.vocab_size={rows} must be at least the tokenizer's vocabulary, {num_tokens}")
-    return dataclasses.replace(model, vocab_size=rows)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
     if config.parallel.offload_parameters:
         zero.setdefault("offload_param", {"device": HOST})
     # ZeRO-1 sums bf16 gradients of micro-batches in fp32; DeepSpeed would sum those of replicas in bf16.
-    micro_batches = num_micro_batches(config, dims)
+    micro_batches = dims.num_micro_batches(config.train)
     accumulated = train.precision is Precision.bf16 and config.parallel.zero_stage == 1
     communication = {"communication_data_type": "fp32"} if accumulated else {}
     return {
@@ -48,8 +48,3 @@ def deepspeed_config(config: EngineConfig, dims: ParallelDims) -> dict[str, Any]
         # Its cuts would corrupt activations that are split along the sequence already.
         "pipeline": {**config.deepspeed.get("pipeline", {}), "pipe_partitioned": False, "grad_partitioned": False},
     }
-
-
-def num_micro_batches(config: EngineConfig, dims: ParallelDims) -> int:
-    """Micro-batches of a rank in a step of the global batch size; where they do not divide it, rows fill them up."""
-    return -(-config.train.global_batch_size // (config.train.micro_batch_size * dims.data))
