@@ -8,7 +8,7 @@ from megakor.config.choices import OptimizerName, Precision
 from megakor.config.schema import ParallelConfig
 from megakor.parallel.dims import ParallelDims
 from megakor.plan.hardware import Hardware, Ring
-from megakor.plan.work import FP32, ITEM_SIZE, Message, Practice, Product, Work
+from megakor.plan.work import FP32, Message, Practice, Product, Work
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Clock:
 
     def product(self, product: Product) -> float:
         """Seconds of a matrix product."""
-        return product.flops / self.rate + product.num_bytes(ITEM_SIZE[self.precision]) / self.memory_rate
+        return product.flops / self.rate + product.num_bytes(self.precision.itemsize) / self.memory_rate
 
     def pass_of(self, work: Work) -> Pass:
         """Seconds of work."""
@@ -90,7 +90,7 @@ def replica_seconds(
     ring, hardware, size, stage = (
         clock.ring("replicas"),
         clock.hardware,
-        ITEM_SIZE[clock.precision],
+        clock.precision.itemsize,
         parallel.zero_stage,
     )
     wide = FP32 if practice.wide_gradients or (stage == 1 and clock.precision is Precision.bf16) else size
@@ -114,7 +114,7 @@ GRADIENT_BYTES = 16
 
 def optimizer_seconds(clock: Clock, parallel: ParallelConfig, optimizer: OptimizerName, trained: float) -> float:
     """The update of a rank's part of the weights, and the cast to the passes' arithmetic."""
-    hardware, size = clock.hardware, ITEM_SIZE[clock.precision]
+    hardware, size = clock.hardware, clock.precision.itemsize
     replicas = clock.dims.replicas if parallel.zero_stage else 1
     own = trained / replicas
     cast = FP32 + size

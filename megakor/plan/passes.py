@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megakor.config.schema import ModelConfig, ParallelConfig
+from megakor.config.choices import ActivationCheckpointing
+from megakor.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megakor.plan.work import (
     DENSE,
     DOWN,
@@ -25,6 +26,7 @@ from megakor.plan.work import (
     Message,
     Practice,
     Product,
+    StageLayers,
     Work,
 )
 
@@ -201,3 +203,31 @@ class Shape:
                 messages=tuple(Message("tensor", "all_reduce", count * FP32 * self.rows) for count in numbers)
             )
         return norm[0] + forward + losses[0], norm[1] + backward + losses[1]
+
+
+def parts_of(shape: Shape, train: TrainConfig) -> dict[str, Work]:
+    """What a micro-batch does, in pieces: a block, what of a block is computed again, the embedding, the head."""
+    forward, backward, again, attention = shape.block()
+    repeated = {
+        ActivationCheckpointing.none: NOTHING,
+        ActivationCheckpointing.full: again,
+        ActivationCheckpointing.selective: attention,
+    }
+    return {
+        "block": forward + backward,
+        "again": repeated[train.activation_checkpointing],
+        "embedding": sum(shape.embedding(), NOTHING),
+        "head": sum(shape.head(), NOTHING),
+    }
+
+
+def counts_of(layers: StageLayers, train: TrainConfig) -> dict[str, int]:
+    """How often a stage does each of these pieces for a micro-batch."""
+    full = train.activation_checkpointing is ActivationCheckpointing.full
+    every = train.activation_checkpointing_interval if full else 1
+    return {
+        "block": len(layers.blocks),
+        "again": sum(index % every == 0 for index in layers.blocks),
+        "embedding": int(layers.embeds),
+        "head": int(layers.projects),
+    }

@@ -28,14 +28,12 @@ from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.plan.clock import Clock, Pass, optimizer_seconds, replica_seconds
 from megakor.plan.hardware import Hardware, Ring
-from megakor.plan.passes import Shape
+from megakor.plan.passes import Shape, counts_of, parts_of
 from megakor.plan.work import (
     DENSE,
     DOWN,
     FP32,
-    ITEM_SIZE,
     MEGAKOR,
-    NOTHING,
     QUERY_KEY_VALUE,
     UP,
     Adapters,
@@ -157,24 +155,11 @@ def flops_per_token(model: ModelConfig, train: TrainConfig, adapters: Adapters |
 
 def stage_passes(clock: Clock, shape: Shape, train: TrainConfig, stages: Sequence[StageLayers]) -> list[Pass]:
     """One micro-batch on each stage, without what it sends and adds to its gradients."""
-    forward, backward, again, attention = shape.block()
-    block, embedding, head = (
-        clock.pass_of(sum(works, NOTHING)) for works in ((forward, backward), shape.embedding(), shape.head())
-    )
-    kind, interval = train.activation_checkpointing, train.activation_checkpointing_interval
-    repeated = {
-        ActivationCheckpointing.none: NOTHING,
-        ActivationCheckpointing.full: again,
-        ActivationCheckpointing.selective: attention,
-    }
-    repeat = clock.pass_of(repeated[kind])
-    repeat = replace(repeat, recompute=repeat.compute)
-    found = []
-    for layers in stages:
-        every = interval if kind is ActivationCheckpointing.full else 1
-        one = block.times(len(layers.blocks)) + repeat.times(sum(index % every == 0 for index in layers.blocks))
-        found.append(one + embedding.times(layers.embeds) + head.times(layers.projects))
-    return found
+    parts = {name: clock.pass_of(work) for name, work in parts_of(shape, train).items()}
+    parts["again"] = replace(parts["again"], recompute=parts["again"].compute)
+    return [
+        sum((parts[name].times(count) for name, count in counts_of(layers, train).items()), Pass()) for layers in stages
+    ]
 
 
 def step_time(
@@ -200,8 +185,8 @@ def step_time(
     if stages is None:
         stages = even_stages(model.num_hidden_layers, dims.pipeline)
     assert len(stages) == dims.pipeline
-    count = -(-train.global_batch_size // (train.micro_batch_size * dims.data))
-    size = ITEM_SIZE[train.precision]
+    count = dims.num_micro_batches(train)
+    size = train.precision.itemsize
     clock = Clock(hardware, train.precision, dims)
     shape = Shape(model, parallel, train.micro_batch_size, train.sequence_length, size, adapters, practice)
     held = [stage_parameters(model, layers, dims.tensor) for layers in stages]

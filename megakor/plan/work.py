@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megakor.config.choices import Precision
-
-ITEM_SIZE = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}
-"""Bytes of a number in an arithmetic."""
-FP32 = 4
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)

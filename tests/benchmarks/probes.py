@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from megakor.config.schema import ModelConfig, Precision
 from megakor.plan.hardware import Hardware
-from megakor.plan.work import ITEM_SIZE, Product
+from megakor.plan.work import Product
 from megakor.train.device import DTYPES
 
 SECONDS = 0.25
@@ -53,7 +53,7 @@ class Probes:
             functional.scaled_dot_product_attention(*parts, is_causal=True).backward(torch.ones(shape, dtype=dtype))
 
         self.product = Product(rows, hidden, inner)
-        self.item_size = ITEM_SIZE[precision]
+        self.item_size = precision.itemsize
         self.attention_flops = 3.5 * 2 * heads * rows**2 * shape[3]
         self.probes: dict[str, Callable[[], object]] = {
             "memory": partial(torch.add, left, right, out=out),
