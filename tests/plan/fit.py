@@ -20,6 +20,17 @@ START = {"a100": 0.7, "h100": 0.7, "attention": 0.5, "memory": 0.7}
 FIRST_STEP, LAST_STEP = 0.1, 0.005
 
 
+def in_use() -> dict[str, float]:
+    """The constants as they stand."""
+    a100, h100 = find_hardware("a100-80g"), find_hardware("h100")
+    return {
+        "a100": a100.matmul_efficiency,
+        "h100": h100.matmul_efficiency,
+        "attention": a100.attention_efficiency,
+        "memory": a100.memory_efficiency,
+    }
+
+
 def hardware_of(row: Row, shares: dict[str, float]) -> Hardware:
     """A row's hardware, with other shares."""
     return replace(

@@ -207,9 +207,9 @@ def others() -> list[Row]:
             ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=4), train_config(1536, 4, FULL, half=True),
             "a100-40g", 96, MEGATRON, 100 * 117 / 312 * useful / counted, network_gb_per_s=12.5),
         Row("TinyLlama", "1.1B, 16 a100-40g", tiny, ParallelConfig(zero_stage=2), train_config(1024, 8, NONE),
-            "a100-40g", 16, fsdp, 56.0, assumed=f"sharding as ZeRO-2; {lit}"),
-        Row("TinyLlama", "1.1B, 64 a100-40g", tiny, ParallelConfig(zero_stage=2), train_config(512 * 8, 8, NONE),
-            "a100-40g", 64, fsdp, 52.0, assumed=f"sharding as ZeRO-2, 8 micro-batches of 8 a step; {lit}"),
+            "a100-40g", 16, fsdp, 56.0, assumed=f"on 16, sharding as ZeRO-2; {lit}"),
+        Row("TinyLlama", "1.1B, 64 a100-40g", tiny, ParallelConfig(zero_stage=3), train_config(512, 4, NONE),
+            "a100-40g", 64, fsdp, 52.0, assumed=f"on 64, A100s of 40 GB; {lit}"),
     ]  # fmt: skip
 
 
