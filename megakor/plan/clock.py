@@ -50,6 +50,11 @@ class Clock:
         """Bytes a second of operations bound by memory."""
         return self.hardware.memory_gb_per_s * 1e9 * self.hardware.memory_efficiency
 
+    @property
+    def host_rate(self) -> float:
+        """Bytes a second between the device and the host's memory."""
+        return self.hardware.host_gb_per_s * 1e9 * self.hardware.link_efficiency
+
     def product(self, product: Product) -> float:
         """Seconds of a matrix product."""
         return product.flops / self.rate + product.num_bytes(self.precision.itemsize) / self.memory_rate
@@ -80,46 +85,42 @@ class Clock:
 def replica_seconds(
     clock: Clock, parallel: ParallelConfig, practice: Practice, trained: float, held: float, passes: float, count: int
 ) -> float:
-    """Waiting for replicas in a step: gradients are summed and weights gathered as `megakor.simulate.formulas` says.
+    """Waiting for replicas in a step: gradients are summed and weights gathered as `megakor.plan.traffic` says.
 
     Args:
         trained: weights of a rank that have gradients; of `held`.
         passes: seconds of a micro-batch's passes, which messages that are hidden run beside.
         count: micro-batches.
     """
-    ring, hardware, size, stage = (
-        clock.ring("replicas"),
-        clock.hardware,
-        clock.precision.itemsize,
-        parallel.zero_stage,
-    )
+    ring, hardware = clock.ring("replicas"), clock.hardware
+    size, stage = clock.precision.itemsize, parallel.zero_stage
     wide = FP32 if practice.wide_gradients or (stage == 1 and clock.precision is Precision.bf16) else size
     if stage == 3:
         gather = ring.seconds("all_gather", size * held, hardware)
         scatter = ring.seconds("reduce_scatter", wide * trained, hardware)
-        seconds, hidden = count * (2 * gather + scatter), count * passes
+        fetch = size * held / ring.size / clock.host_rate if parallel.offload_parameters else 0.0
+        seconds, hidden = count * (2 * (gather + fetch) + scatter), count * passes
     else:
         reduce = ring.seconds("all_reduce", wide * trained, hardware) * (count if stage == 2 else 1)
         gather = ring.seconds("all_gather", size * trained, hardware) if stage else 0.0
-        seconds, hidden = reduce + gather, passes
+        seconds, hidden = reduce + gather, (count if stage == 2 else 1) * passes
     beside = hardware.overlaps and stage in practice.hides_replica_messages
     return max(0.0, seconds - hidden) if beside else seconds
 
 
 UPDATE_BYTES = {OptimizerName.adamw: 28, OptimizerName.adafactor: 24}
 """Bytes that an update reads and writes for a weight: fp32 weight, gradient and moments (Adafactor's are factored)."""
-GRADIENT_BYTES = 16
-"""Bytes for each gradient before: the norm reads it, clipping reads and writes it, and it is set to zero."""
+GRADIENT_BYTES = 12
+"""Bytes for each gradient before: the norm reads it, clipping reads and writes it."""
 
 
 def optimizer_seconds(clock: Clock, parallel: ParallelConfig, optimizer: OptimizerName, trained: float) -> float:
-    """The update of a rank's part of the weights, and the cast to the passes' arithmetic."""
+    """The update of a rank's part of the weights, the cast to the passes' arithmetic, and clearing the gradients."""
     hardware, size = clock.hardware, clock.precision.itemsize
-    replicas = clock.dims.replicas if parallel.zero_stage else 1
-    own = trained / replicas
-    cast = FP32 + size
+    own = trained / (clock.dims.replicas if parallel.zero_stage else 1)
+    updated = own * (UPDATE_BYTES[optimizer] + GRADIENT_BYTES + FP32 + size)
+    cleared = FP32 * (own if parallel.zero_stage > 1 else trained) / clock.memory_rate
     if not parallel.offload_optimizer:
-        return own * (UPDATE_BYTES[optimizer] + GRADIENT_BYTES + cast) / clock.memory_rate
-    host = hardware.host_memory_gb_per_s * 1e9
-    across = own * (FP32 + size) / (hardware.host_gb_per_s * 1e9 * hardware.link_efficiency)
-    return across + own * (UPDATE_BYTES[optimizer] + GRADIENT_BYTES + cast) / host
+        return cleared + updated / clock.memory_rate
+    across = own * (FP32 + size) / clock.host_rate
+    return cleared + across + updated / (hardware.host_memory_gb_per_s * 1e9)

@@ -8,7 +8,8 @@ What is assumed to run beside what:
 - Pipeline stages work one forward, one backward (Narayanan et al. 2021, section 2.2.1) and wait for what they send.
 - ZeRO-1 and 2 wait for all messages of replicas. ZeRO-3 gathers weights and scatters gradients beside the passes; the
   part that takes longer than the passes is waited for.
-- The optimizer's update, its transfers to the host included, runs beside nothing.
+- Weights that are kept on the host come with ZeRO-3's gathers. The optimizer's update, its transfers to the host
+  included, runs beside nothing.
 
 Sources: Korthikanti et al. 2022 (tensor and sequence parallelism, recomputation), Narayanan et al. 2021 (pipelines),
 Chowdhery et al. 2022, appendix B (utilization), Rajbhandari et al. 2020, section 7 (ZeRO's messages).

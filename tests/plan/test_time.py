@@ -175,6 +175,13 @@ def test_offloading_takes_the_way_to_the_host() -> None:
     assert far.compute == near.compute
 
 
+def test_offloaded_weights_come_from_the_host_in_both_passes() -> None:
+    hardware = replace(A100, overlaps=False)
+    near, far = (step(2, hardware, zero_stage=3, offload_parameters=offload) for offload in (False, True))
+    fetched = 16 * 2 * 2 * num_parameters(MODEL) / 2  # micro-batches × passes × bytes of this rank's half
+    assert far.replicas - near.replicas == pytest.approx(fetched / (31.5e9 * hardware.link_efficiency))
+
+
 def test_more_of_everything_takes_longer() -> None:
     base = step(8, tensor_parallel_size=2)
     for slower in (
