@@ -18,6 +18,8 @@ from megakor.plan.partition import layers_of, partition
 from tests.plan.published import FULL, NONE, SELECTIVE, gpt, train_config
 
 MIB = 2**20
+LISTED = 74053 * MIB
+"""KoAlpaca's 12.8B: the first GPU in the listing of nvidia-smi."""
 
 
 @dataclass(frozen=True)
@@ -117,21 +119,31 @@ def koalpaca() -> list[MemoryRow]:
         "and fp16, norms' inputs in fp32",
         bound=True,
     )
-    parallel, model = ParallelConfig(zero_stage=3), POLYGLOT["12.8B"]
-    config = engine_config(parallel, 1, NONE, 1024)
-    config.train.global_batch_size = 4 * 64
-    config.deepspeed = {"zero_optimization": {"reduce_bucket_size": model.hidden_size**2}}  # what `auto` is
-    (stage,) = partition(layers_of(model), "parameters", 1, 1)
-    planned = stage_memory(config, model, ParallelDims.from_config(parallel, 4), stage)
     four_row = MemoryRow(
         "KoAlpaca",
         "12.8B, 4 × A100-80G, ZeRO-3, 1 × 1,024 tokens",
-        74053 * MIB,
-        planned.total + unfused_scores(model, 1, 1024, 2),
+        LISTED,
+        zero_3(4),
         "as planned, and scores in fp16, which megakor does not keep",
         bound=True,
     )
     return [alone_row, four_row]
+
+
+def zero_3(ranks: int) -> int:
+    """12.8B under ZeRO-3, with scores that go through memory."""
+    parallel, model = ParallelConfig(zero_stage=3), POLYGLOT["12.8B"]
+    config = engine_config(parallel, 1, NONE, 1024)
+    config.train.global_batch_size = ranks * 64
+    config.deepspeed = {"zero_optimization": {"reduce_bucket_size": model.hidden_size**2}}  # what `auto` is
+    (stage,) = partition(layers_of(model), "parameters", 1, 1)
+    planned = stage_memory(config, model, ParallelDims.from_config(parallel, ranks), stage)
+    return planned.total + unfused_scores(model, 1, 1024, 2)
+
+
+def of_eight() -> float:
+    """What eight ranks take of the listed figure, by the plan."""
+    return zero_3(8) / LISTED
 
 
 def rows() -> list[MemoryRow]:

@@ -93,7 +93,7 @@ def test_polyglot_kos_calendar_implies_little_and_its_price_is_the_default() -> 
     shares = [
         line.split(" | ")[-1].split(" %")[0].split(" to ") for line in validation.calendar_table().splitlines()[2:]
     ]
-    assert all(0.5 < float(share) < 5 for pair in shares for share in pair)
+    assert all(1 < float(share) < 6 for pair in shares for share in pair)
 
 
 def test_the_page_is_what_the_program_writes() -> None:

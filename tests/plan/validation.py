@@ -198,6 +198,7 @@ def page() -> str:
         speed=speed_tables(speed),
         worst=worst(speed),
         memory=memory_table(sizes),
+        eight=memory.of_eight(),
         machine=machine_table(machine),
         condition=machine["condition"],
         calendar=calendar_table(),
