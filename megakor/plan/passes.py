@@ -120,18 +120,21 @@ class Shape:
         forward, backward, by_weight = self.linear(Product(self.rows, inner, self.model.hidden_size), name)
         return forward, backward + Work(streamed=self.stream if by_weight else 0.0)
 
-    def joining(self, branches: int) -> tuple[Work, Work]:
-        """Adding branches up over the tensor ranks, and onto the residual stream."""
+    def joining(self, branches: int, biases: int) -> tuple[Work, Work]:
+        """Adding branches up over the tensor ranks, with so many biases, and onto the residual stream."""
         forward: tuple[Message, ...] = ()
         backward: tuple[Message, ...] = ()
         if self.splits_stream:
             forward = (Message("tensor", "reduce_scatter", self.stream),)
             backward = (Message("tensor", "all_gather", self.stream),)
+            if biases:
+                backward += (Message("tensor", "all_reduce", float(FP32 * biases * self.model.hidden_size)),)
         elif self.tensor > 1:
             forward = (Message("tensor", "all_reduce", self.stream),)
-        biases = 2 * branches * self.residual if self.tensor > 1 else 0.0
         adding = 3 * (branches - 1) * self.stream + 3 * self.residual
-        return Work((), adding + biases, forward), Work((), 3 * branches * self.residual, backward)
+        if self.tensor > 1:
+            adding += 2 * biases * self.residual
+        return Work((), adding, forward), Work((), 3 * branches * self.residual, backward)
 
     def norm(self) -> tuple[Work, Work]:
         """A norm of this rank's part of the residual stream; where ranks split it, gradients of weights are summed."""
@@ -171,20 +174,20 @@ class Shape:
         model, split = self.model, self.tensor
         hidden, inner = model.hidden_size / split, model.intermediate_size / split
         activation = self.rows * inner * self.item_size
-        attention, together = self.attending(), model.use_parallel_residual
+        attention, together, own = self.attending(), model.use_parallel_residual, int(model.attention_bias)
         parts = [
             self.norm(), self.norm(), self.entering(3 * hidden, QUERY_KEY_VALUE), attention,
-            self.leaving(hidden, DENSE), *([] if together else [self.joining(1)]), self.entering(inner, UP),
+            self.leaving(hidden, DENSE), *([] if together else [self.joining(1, own)]), self.entering(inner, UP),
             (Work((), 2 * activation), Work((), 3 * activation)),
         ]  # fmt: skip
-        last = [self.leaving(inner, DOWN), self.joining(2 if together else 1)]
+        last = [self.leaving(inner, DOWN), self.joining(2, 1 + own) if together else self.joining(1, 1)]
         forward, backward = (sum(works, NOTHING) for works in zip(*parts, *last, strict=True))
         again = sum((work for work, _ in parts), NOTHING) if self.practice.stops_early else forward
         return forward, backward, again, replace(attention[0], messages=())
 
     def embedding(self) -> tuple[Work, Work]:
         """Looking up rows, summed over the tensor ranks that split them."""
-        (joined, gathered), rows = self.joining(1), 2 * self.stream
+        (joined, gathered), rows = self.joining(1, 0), 2 * self.stream
         return replace(joined, streamed=rows * (1 if self.tensor == 1 else 2)), replace(gathered, streamed=rows)
 
     def head(self) -> tuple[Work, Work]:
