@@ -39,6 +39,7 @@ from megakor.config.use_schema import (
     ExportConfig,
     ExportUniversalConfig,
     GenerateConfig,
+    ImportConfig,
     ReportConfig,
     TraceConfig,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "ExportUniversalConfig",
     "GenerateConfig",
     "HealthConfig",
+    "ImportConfig",
     "InstructConfig",
     "JobKind",
     "KubernetesConfig",
