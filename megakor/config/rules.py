@@ -39,5 +39,6 @@ def nearest(value: int, legal: Iterable[int]) -> str:
 
 def divides(key: str, value: int, what: str, total: int) -> None:
     """Raise unless the value divides the total; the error names the nearest values that do."""
-    options = [n for n in range(1, total + 1) if total % n == 0]
-    require(total % value == 0, key, value, f"divide {what}; {nearest(value, options)}")
+    if total % value:
+        options = [n for n in range(1, total + 1) if total % n == 0]
+        require(False, key, value, f"divide {what}; {nearest(value, options)}")
