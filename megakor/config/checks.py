@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from megakor.config.plan_checks import check_accelerators, check_lora
+from megakor.config.plan_checks import check_accelerators
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
     CheckpointListConfig,
@@ -23,6 +23,7 @@ from megakor.config.schema import (
     GenerateConfig,
     ImportConfig,
     InstructConfig,
+    LoraConfig,
     ModelConfig,
     OnSpike,
     OptimizerName,
@@ -280,6 +281,13 @@ def check_simulate(config: SimulateConfig) -> None:
     check_pretrain(config)
     positive("world_size", config.world_size)
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
+def check_lora(lora: LoraConfig) -> None:
+    positive("lora.rank", lora.rank, allow_zero=True)
+    positive("lora.alpha", lora.alpha)
+    targets = [target.value for target in lora.targets]
+    require(len(targets) == len(set(targets)) > 0, "lora.targets", targets, "name at least one linear, each once")
 
 
 def check_plan(config: PlanConfig | PlanSearchConfig) -> None:

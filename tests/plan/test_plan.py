@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megakor.config.plan_schema import LORA_TARGETS
-from megakor.config.schema import ClusterConfig, TrainTokenizerConfig
+from megakor.config.schema import ClusterConfig, LoraTarget, TrainTokenizerConfig
 from megakor.plan.memory import GIB
 from megakor.plan.picture import COLORS, picture
 from megakor.plan.plan import Plan, inference_gb, make_plan
@@ -100,7 +99,7 @@ def test_lora() -> None:
     assert lora.trained == 28 * 16 * (4096 + 3 * 4096 + 4096 + 4096)
     assert lora.fullest.total < 0.3 * whole.fullest.total
     assert lora.time.model_flops < whole.time.model_flops
-    assert LORA_TARGETS == LINEARS
+    assert tuple(target.value for target in LoraTarget) == LINEARS
 
 
 def test_traffic_of_the_fullest_kind(largest: Plan) -> None:

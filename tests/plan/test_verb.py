@@ -68,7 +68,7 @@ def test_search(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     rows = [line for line in shown.splitlines() if line[:2] in ("1 ", "2 ", "3 ", "4 ")]
     assert len(rows) == 3
-    assert "Left out: " in shown
+    assert "Left out:\n" in shown
     pasted = shown.partition("The first as overrides:")[2].split()
     megakor(["plan", "model=1_3b", "cluster.gpus=8xa100-80g", *pasted])
     assert "8 × a100-80g" in capsys.readouterr().out
