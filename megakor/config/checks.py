@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from megakor.config.plan_checks import check_accelerators, check_lora
+from megakor.config.plan_checks import check_accelerators
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
     CheckpointListConfig,
@@ -21,7 +21,9 @@ from megakor.config.schema import (
     EngineConfig,
     EvaluateConfig,
     GenerateConfig,
+    ImportConfig,
     InstructConfig,
+    LoraConfig,
     ModelConfig,
     OnSpike,
     OptimizerName,
@@ -46,6 +48,7 @@ from megakor.config.verb_checks import (
     check_drill,
     check_evaluate,
     check_generate,
+    check_import_config,
     check_shard,
     check_trace,
     check_train_tokenizer,
@@ -280,6 +283,13 @@ def check_simulate(config: SimulateConfig) -> None:
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
 
 
+def check_lora(lora: LoraConfig) -> None:
+    positive("lora.rank", lora.rank, allow_zero=True)
+    positive("lora.alpha", lora.alpha)
+    targets = [target.value for target in lora.targets]
+    require(len(targets) == len(set(targets)) > 0, "lora.targets", targets, "name at least one linear, each once")
+
+
 def check_plan(config: PlanConfig | PlanSearchConfig) -> None:
     """A plan looks at no data."""
     check_engine(config)
@@ -321,6 +331,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     InstructConfig: check_instruct,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
+    ImportConfig: check_import_config,
     TraceConfig: check_trace,
     CheckpointListConfig: check_checkpoint_list,
     CheckpointVerifyConfig: check_checkpoint_verify,

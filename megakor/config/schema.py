@@ -14,6 +14,7 @@ from megakor.config.choices import (
     ActivationCheckpointing,
     ClusterKind,
     JobKind,
+    LoraTarget,
     NodeLauncher,
     OnError,
     OnSpike,
@@ -26,7 +27,6 @@ from megakor.config.choices import (
 from megakor.config.cluster_schema import ClusterConfig, KubernetesConfig, SlurmConfig
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
-from megakor.config.plan_schema import LoraConfig
 from megakor.config.survival_schema import CheckpointConfig, HealthConfig, LaunchConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
@@ -39,6 +39,7 @@ from megakor.config.use_schema import (
     ExportConfig,
     ExportUniversalConfig,
     GenerateConfig,
+    ImportConfig,
     ReportConfig,
     TraceConfig,
 )
@@ -62,12 +63,14 @@ __all__ = [
     "ExportUniversalConfig",
     "GenerateConfig",
     "HealthConfig",
+    "ImportConfig",
     "InstructConfig",
     "JobKind",
     "KubernetesConfig",
     "LaunchConfig",
     "LoggingConfig",
     "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "NodeLauncher",
     "OnError",
@@ -238,24 +241,6 @@ class SimulateConfig(PretrainConfig):
 
 
 @dataclass
-class PlanConfig(PretrainConfig):
-    """Memory, time and cost of a run, without its machines; instruction tuning is planned as training of its model."""
-
-    lora: LoraConfig = section(LoraConfig, help="what is trained")
-    format: str = key("table", help="what to print: table or json")
-    picture: str | None = key(None, help="SVG file to write: memory by pipeline stage")
-
-
-@dataclass
-class PlanSearchConfig(PretrainConfig):
-    """Every layout of a model on some accelerators, by predicted step time."""
-
-    lora: LoraConfig = section(LoraConfig, help="what is trained")
-    format: str = key("table", help="what to print: table or json")
-    num_rows: int = key(10, help="layouts to print; a table's, JSON has all", unit="layouts")
-
-
-@dataclass
 class PairsConfig:
     """Instruction data: Alpaca's instruction,input,output or question/answer, in .jsonl, .jsonl.gz or .csv."""
 
@@ -267,9 +252,36 @@ class PairsConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + alpha / rank · B A x; A and B are trained."""
+
+    rank: int = key(0, help="rows of A and columns of B; 0: no adapters, all parameters are trained")
+    alpha: float = key(16.0, help="what an adapter counts is alpha / rank")
+    targets: list[LoraTarget] = key([LoraTarget.query_key_value], help="linears of every block that get one")
+
+
+@dataclass
 class InstructConfig(EngineConfig):
     """Go on from a checkpoint with instruction pairs; the architecture comes from the checkpoint."""
 
     base: str = key(help="run folder or checkpoint folder to start from")
     pairs: PairsConfig = section(PairsConfig, help="instruction data")
     tokenizer: str = key(help="folder of the tokenizer that the base was trained with")
+
+
+@dataclass
+class PlanConfig(PretrainConfig):
+    """Memory, time and cost of a run, without its machines; instruction tuning is planned as training of its model."""
+
+    lora: LoraConfig = section(LoraConfig, help="low-rank adapters, trained instead of all weights")
+    format: str = key("table", help="what to print: table or json")
+    picture: str | None = key(None, help="SVG file to write: memory by pipeline stage")
+
+
+@dataclass
+class PlanSearchConfig(PretrainConfig):
+    """Every layout of a model on some accelerators, by predicted step time."""
+
+    lora: LoraConfig = section(LoraConfig, help="low-rank adapters, trained instead of all weights")
+    format: str = key("table", help="what to print: table or json")
+    num_rows: int = key(10, help="layouts to print; a table's, JSON has all", unit="layouts")

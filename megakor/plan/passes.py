@@ -10,6 +10,7 @@ Bytes that stream count every tensor that an operation reads or writes, operatio
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megakor.config.choices import ActivationCheckpointing
 from megakor.config.schema import ModelConfig, ParallelConfig, TrainConfig
@@ -169,6 +170,7 @@ class Shape:
             Work(by_keys.backward + by_values.backward, rotating + 6 * states + backward * scores, exchanged),
         )
 
+    @cached_property
     def block(self) -> tuple[Work, Work, Work, Work]:
         """A block: forward, backward, and what the backward pass computes again under `full` and under `selective`."""
         model, split = self.model, self.tensor
@@ -210,7 +212,7 @@ class Shape:
 
 def parts_of(shape: Shape, train: TrainConfig) -> dict[str, Work]:
     """What a micro-batch does, in pieces: a block, what of a block is computed again, the embedding, the head."""
-    forward, backward, again, attention = shape.block()
+    forward, backward, again, attention = shape.block
     repeated = {
         ActivationCheckpointing.none: NOTHING,
         ActivationCheckpointing.full: again,
