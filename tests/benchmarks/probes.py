@@ -17,14 +17,14 @@ from torch.nn import functional
 
 from megakor.config.schema import ModelConfig, Precision
 from megakor.plan.hardware import Hardware
-from megakor.plan.work import Product
+from megakor.plan.work import FP32, Product
 from megakor.train.device import DTYPES
 
 SECONDS = 0.25
 """Of each probe in a turn."""
 STREAM = 2**24
 """Numbers in each tensor of the probe of memory: far more than a cache holds."""
-MESSAGE = 2**22
+MESSAGE = 2**21
 """Numbers in the message of the probe of links."""
 
 
@@ -62,7 +62,7 @@ class Probes:
         }
         self.messages = {
             "small": partial(dist.all_reduce, torch.ones(1)),
-            "large": partial(dist.all_reduce, torch.ones(MESSAGE, dtype=dtype)),
+            "large": partial(dist.all_reduce, torch.ones(MESSAGE)),
         }
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
@@ -89,12 +89,12 @@ class Probes:
     def hardware(self) -> Hardware:
         """What the turns found, mean over ranks; every rank calls."""
         taken = {name: self.seconds[name] / self.counts[name] for name in self.counts}
-        memory = 3 * 4 * STREAM / taken["memory"]
+        memory = 3 * FP32 * STREAM / taken["memory"]
         # A plan counts the time of moving a product's operands apart.
         moving = 3 * self.product.num_bytes(self.item_size) / memory
         matmul = 3 * self.product.flops / (taken["products"] - moving)
         share = 2 * (self.size - 1) / self.size
-        link = share * MESSAGE * self.item_size / (taken["large"] - taken["small"]) if self.size > 1 else memory
+        link = share * MESSAGE * FP32 / (taken["large"] - taken["small"]) if self.size > 1 else memory
         figures = [memory, matmul, self.attention_flops / taken["attention"], link, taken["small"] / 2]
         found = torch.tensor(figures, dtype=torch.float64)
         dist.all_reduce(found)

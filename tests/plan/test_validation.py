@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from statistics import median
 
 import pytest
 
 from megakor.model.specs import num_parameters
-from tests.plan import fit, memory, published, validation
+from tests.plan import fit, machine, memory, published, validation
 
 NAMED = {
     "22B, 8 a100-80g, selective": 41.5, "175B, 64 a100-80g, selective": 51.4, "530B, 280 a100-80g, selective": 56.0,
@@ -80,12 +79,12 @@ def test_memory_is_within_a_tenth() -> None:
 
 
 def test_this_machine_is_within_bounds() -> None:
-    layouts = json.loads(validation.MACHINE.read_text())["layouts"]
-    assert len(layouts) >= 6
-    for name, row in layouts.items():
-        assert row["measured_bytes"] >= 2**30, name
-        assert abs(validation.difference_of(row, "bytes")) <= 10, name
-        assert abs(validation.difference_of(row, "seconds")) <= 20, name
+    rows = machine.rows()
+    assert len(rows) >= 6
+    for row in rows:
+        assert row.num_bytes >= 2**30, row.name
+        assert abs(row.memory_difference) <= 10, row.name
+        assert abs(row.time_difference) <= 20, row.name
 
 
 def test_polyglot_kos_calendar_implies_little_and_its_price_is_the_default() -> None:

@@ -2,13 +2,11 @@
 
     python -m tests.plan.validation
 
-Rows come from `tests.plan.published`, `tests.plan.memory` and machine.json, which is the last line of
-`tests.benchmarks.plan`; docs/validation.md is written.
+Rows come from `tests.plan.published`, `tests.plan.memory` and `tests.plan.machine`; docs/validation.md is written.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -19,10 +17,9 @@ from megakor.model.flops import train_flops_per_token
 from megakor.model.specs import num_parameters
 from megakor.plan.hardware import find_hardware
 from megakor.plan.memory import GIB
-from tests.plan import memory, published
+from tests.plan import machine, memory, published
 
 PAGE = Path(__file__).parents[2] / "docs" / "validation.md"
-MACHINE = Path(__file__).with_name("machine.json")
 PARAMETERS = {"1.3B": 1_331_810_304, "3.8B": 3_809_974_272, "5.8B": 5_885_059_072, "12.8B": 12_893_603_840}
 """The model cards' counts with 30,080 rows; that of 12.8B is the architecture's, its card states 5,027,840 more."""
 WEEKS = {"1.3B": (1, 2, 213e9), "3.8B": (2, 3, 219e9), "5.8B": (3, 4, 172e9), "12.8B": (7, 8, 167e9)}
@@ -49,7 +46,7 @@ def absolute_median(rows: Iterable[Any]) -> str:
     return f"{median(found):.1f} %"
 
 
-def summary(speed: list[published.Row], sizes: list[memory.MemoryRow], machine: dict[str, Any]) -> str:
+def summary(speed: list[published.Row], sizes: list[memory.MemoryRow], runs: list[machine.MachineRow]) -> str:
     held = [row for row in speed if not row.fitted]
     lines = [
         ["utilization, all rows", str(len(speed)), absolute_median(speed)],
@@ -60,8 +57,10 @@ def summary(speed: list[published.Row], sizes: list[memory.MemoryRow], machine: 
         lines.append([f"of them {source}", str(len(chosen)), absolute_median(chosen)])
     exact = [row for row in sizes if not row.bound]
     lines.append(["published memory", str(len(exact)), absolute_median(exact)])
-    for what, of in (("memory", "bytes"), ("time of a step", "seconds")):
-        found = [abs(difference_of(row, of)) for row in machine["layouts"].values()]
+    for what, found in (
+        ("memory", [abs(row.memory_difference) for row in runs]),
+        ("time of a step", [abs(row.time_difference) for row in runs]),
+    ):
         lines.append([f"{what} on this machine", str(len(found)), f"{median(found):.1f} %"])
     return table(["", "rows", "median of the absolute difference"], lines)
 
@@ -135,31 +134,24 @@ def memory_table(rows: list[memory.MemoryRow]) -> str:
     return table(["source", "figure", "published GiB", "predicted GiB", "difference", "how"], lines)
 
 
-def difference_of(row: dict[str, Any], of: str) -> float:
-    """Predicted over measured, less one, %."""
-    return 100 * (row[f"predicted_{of}"] / row[f"measured_{of}"] - 1)
-
-
-def machine_table(machine: dict[str, Any]) -> str:
+def machine_table(rows: list[machine.MachineRow]) -> str:
     lines = [
         [
-            name,
-            f"{row['measured_seconds']:.2f}",
-            f"{row['predicted_seconds']:.2f}",
-            f"{difference_of(row, 'seconds'):+.1f} %",
-            f"{row['measured_bytes'] / GIB:.2f}",
-            f"{row['predicted_bytes'] / GIB:.2f}",
-            f"{difference_of(row, 'bytes'):+.1f} %",
-            f"{row['matmul_gflops']:.0f}",
-            f"{row['memory_gb_per_s']:.1f}",
-            f"{row['link_gb_per_s']:.2f}" if name.endswith("2") or "2_" in name else "",
+            row.name,
+            f"{row.seconds:.2f}",
+            f"{row.time.seconds:.2f}",
+            f"{row.time_difference:+.1f} %",
+            f"{row.num_bytes / GIB:.2f}",
+            f"{row.planned_bytes / GIB:.2f}",
+            f"{row.memory_difference:+.1f} %",
+            f"{row.hardware.bf16_tflops * 1000:.0f}",
+            f"{row.hardware.memory_gb_per_s:.1f}",
+            f"{row.hardware.node_gb_per_s:.2f}" if row.hardware.per_node > 1 else "",
         ]
-        for name, row in machine["layouts"].items()
+        for row in rows
     ]
-    return table(
-        ["layout", "step s", "predicted", "", "GiB a rank", "predicted", "", "GFLOP/s", "memory GB/s", "link GB/s"],
-        lines,
-    )
+    header = ["layout", "step, s", "planned", "", "GiB a rank", "planned", "", "GFLOP/s", "memory, GB/s", "link, GB/s"]
+    return table(header, lines)
 
 
 def calendar_table() -> str:
@@ -180,8 +172,7 @@ def price() -> float:
 
 def page() -> str:
     """The whole page."""
-    speed, sizes = published.rows(), memory.rows()
-    machine = json.loads(MACHINE.read_text(encoding="utf-8"))
+    speed, sizes, runs = published.rows(), memory.rows(), machine.rows()
     fitted = sum(row.fitted for row in speed)
     assert price() == ClusterConfig().price_krw
     counts = [
@@ -189,7 +180,7 @@ def page() -> str:
         for name, model in memory.POLYGLOT.items()
     ]
     return TEXT.read_text(encoding="utf-8").format(
-        summary=summary(speed, sizes, machine),
+        summary=summary(speed, sizes, runs),
         constants=constants(),
         num_fitted=fitted,
         num_rows=len(speed),
@@ -199,8 +190,7 @@ def page() -> str:
         worst=worst(speed),
         memory=memory_table(sizes),
         eight=memory.of_eight(),
-        machine=machine_table(machine),
-        condition=machine["condition"],
+        machine=machine_table(runs),
         calendar=calendar_table(),
         costs="3 to 4 hundred million won for 3 to 4 weeks of 256 A100s",
         price=price(),
