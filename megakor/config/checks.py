@@ -32,6 +32,7 @@ from megakor.config.schema import (
     PlanConfig,
     PlanSearchConfig,
     Precision,
+    PreflightConfig,
     PretrainConfig,
     ShardConfig,
     SimulateConfig,
@@ -305,6 +306,15 @@ def check_plan_search(config: PlanSearchConfig) -> None:
     require(config.cluster.gpus is not None, "cluster.gpus", config.cluster.gpus, "be given: 256xa100-80g and the like")
 
 
+def check_preflight(config: PreflightConfig) -> None:
+    check_pretrain(config)
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+    for name in ("wait_seconds", "watts"):
+        positive(name, getattr(config, name))
+    share("slow_below", config.slow_below, high_open=True)
+    require((config.out is None) == (config.watts is None), "out", config.out, "come with watts, or neither")
+
+
 def check_pairs(pairs: PairsConfig) -> None:
     share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
     positive("pairs.max_pairs", pairs.max_pairs)
@@ -325,6 +335,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     TrainTokenizerConfig: check_train_tokenizer,
     ShardConfig: check_shard,
     PretrainConfig: check_pretrain,
+    PreflightConfig: check_preflight,
     SimulateConfig: check_simulate,
     PlanConfig: check_plan,
     PlanSearchConfig: check_plan_search,
