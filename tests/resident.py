@@ -6,7 +6,7 @@ import ctypes
 import re
 from pathlib import Path
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
 def _status(field: str) -> int:
@@ -30,3 +30,10 @@ def give_back_freed_blocks() -> None:
     library = ctypes.CDLL(None)
     library.mallopt(M_MMAP_THRESHOLD, 2**16)
     library.mallopt(M_ARENA_MAX, 1)
+
+
+def keep_freed_blocks() -> None:
+    """Have malloc keep freed blocks below 32 MiB again, as it comes to do by itself after a while."""
+    library = ctypes.CDLL(None)
+    library.mallopt(M_MMAP_THRESHOLD, 2**25)
+    library.mallopt(M_TRIM_THRESHOLD, 2**26)

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from megakor.config.cluster_checks import check_cluster
-from megakor.config.plan_checks import check_accelerators, check_lora
-from megakor.config.rules import divides, one_of, positive, require, share
+from megakor.config.data_checks import check_data
+from megakor.config.plan_checks import check_accelerators
+from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
     CheckpointListConfig,
     CheckpointPruneConfig,
     CheckpointVerifyConfig,
     CorpusConfig,
-    DataConfig,
     DemoConfig,
     DrillConfig,
     EngineConfig,
@@ -26,6 +26,7 @@ from megakor.config.schema import (
     InstructConfig,
     LaunchInstructConfig,
     LaunchPretrainConfig,
+    LoraConfig,
     ModelConfig,
     OnSpike,
     OptimizerName,
@@ -242,38 +243,6 @@ def check_fit(config: EngineConfig, model: ModelConfig) -> None:
     require(config.train.sequence_length <= longest, "train.sequence_length", config.train.sequence_length, rule)
 
 
-def check_weights(key: str, weights: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise unless there is a weight for each source, none negative and not all 0."""
-    require(set(weights) == set(names), key, dict(weights), f"have one weight for each of data.sources: {list(names)}")
-    fits = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in weights.values())
-    require(fits and any(weights.values()), key, dict(weights), "be numbers that are not negative, and not all 0")
-
-
-def check_data(data: DataConfig) -> None:
-    """The rules of what is trained on."""
-    given = [name for name in ("train", "sources", "dataset") if getattr(data, name) not in (None, {})]
-    if len(given) != 1:
-        rule = f"must be given, not {' and '.join(given) or 'none'}"
-        raise ValueError(f"one of data.train=, data.sources= and data.dataset= {rule}")
-    positive("data.shuffle_buffer", data.shuffle_buffer, allow_zero=True)
-    names = list(data.named_sources)
-    if data.weights:
-        check_weights("data.weights", data.weights, data.sources)
-        rule = "be 1 with data.weights, which say all"
-        require(data.temperature == 1, "data.temperature", data.temperature, rule)
-    for tokens, weights in data.curriculum.items():
-        require(tokens > 0, "data.curriculum", tokens, "have keys above 0; data.weights hold from the start")
-        check_weights(f"data.curriculum.{tokens}", weights, data.sources)
-    for name, epochs in data.max_epochs.items():
-        require(name in names, "data.max_epochs", name, f"name one of data.sources: {names}")
-        positive(f"data.max_epochs.{name}", epochs)
-    for key in ("temperature", "num_streams", "shuffle_window", "cache_size"):
-        positive(f"data.{key}", getattr(data, key))
-    for window in data.skip:
-        fits = len(window) == 2 and 0 <= window[0] < window[1]
-        require(fits, "data.skip", window, "be [first, one after the last]")
-
-
 def check_pretrain(config: PretrainConfig) -> None:
     check_engine(config)
     check_fit(config, config.model)
@@ -288,6 +257,13 @@ def check_simulate(config: SimulateConfig) -> None:
     check_pretrain(config)
     positive("world_size", config.world_size)
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
+
+
+def check_lora(lora: LoraConfig) -> None:
+    positive("lora.rank", lora.rank, allow_zero=True)
+    positive("lora.alpha", lora.alpha)
+    targets = [target.value for target in lora.targets]
+    require(len(targets) == len(set(targets)) > 0, "lora.targets", targets, "name at least one linear, each once")
 
 
 def check_plan(config: PlanConfig | PlanSearchConfig) -> None:
@@ -313,7 +289,7 @@ def check_tune(config: TuneConfig) -> None:
     for name in ("num_layouts", "num_steps"):
         positive(name, getattr(config, name))
     positive("warmup_steps", config.warmup_steps, allow_zero=True)
-    one_of("format", config.format, ("table", "json"))
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
 
 
 def check_preflight(config: PreflightConfig) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from megakor.config.cluster_schema import ClusterConfig
-from megakor.config.plan_schema import LORA_TARGETS, LoraConfig
-from megakor.config.rules import one_of, positive, require
+from megakor.config.rules import positive, require
 
 
 def count_and_kind(gpus: str) -> tuple[int, str]:
@@ -27,10 +26,3 @@ def check_accelerators(cluster: ClusterConfig) -> None:
     positive("cluster.ranks_per_node", cluster.ranks_per_node)
     positive("cluster.price_krw", cluster.price_krw)
     positive("cluster.krw_per_usd", cluster.krw_per_usd)
-
-
-def check_lora(lora: LoraConfig) -> None:
-    positive("lora.rank", lora.rank)
-    require(bool(lora.targets), "lora.targets", lora.targets, "name at least one layer")
-    for target in lora.targets:
-        one_of("lora.targets", target, LORA_TARGETS)

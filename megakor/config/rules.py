@@ -24,12 +24,6 @@ def share(key: str, value: float, low_open: bool = False, high_open: bool = Fals
     require(inside, key, value, f"lie in {'(' if low_open else '['}0, 1{')' if high_open else ']'}")
 
 
-def one_of(key: str, value: Any, known: Iterable[Any]) -> None:
-    """Raise unless the value is one of those that are known."""
-    names = list(known)
-    require(value in names, key, value, f"be one of {', '.join(map(str, names))}")
-
-
 def nearest(value: int, legal: Iterable[int]) -> str:
     """The legal values on both sides of an illegal one, in words."""
     options = sorted(legal)
@@ -39,5 +33,6 @@ def nearest(value: int, legal: Iterable[int]) -> str:
 
 def divides(key: str, value: int, what: str, total: int) -> None:
     """Raise unless the value divides the total; the error names the nearest values that do."""
-    options = [n for n in range(1, total + 1) if total % n == 0]
-    require(total % value == 0, key, value, f"divide {what}; {nearest(value, options)}")
+    if total % value:
+        options = [n for n in range(1, total + 1) if total % n == 0]
+        require(False, key, value, f"divide {what}; {nearest(value, options)}")

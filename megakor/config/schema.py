@@ -14,6 +14,7 @@ from megakor.config.choices import (
     ActivationCheckpointing,
     ClusterKind,
     JobKind,
+    LoraTarget,
     NodeLauncher,
     OnError,
     OnSpike,
@@ -26,7 +27,6 @@ from megakor.config.choices import (
 from megakor.config.cluster_schema import ClusterConfig, KubernetesConfig, SlurmConfig
 from megakor.config.data_schema import DataConfig
 from megakor.config.fields import key, section
-from megakor.config.plan_schema import LoraConfig
 from megakor.config.survival_schema import CheckpointConfig, HealthConfig, LaunchConfig
 from megakor.config.text_schema import CorpusConfig, ShardConfig, TrainTokenizerConfig
 from megakor.config.use_schema import (
@@ -72,6 +72,7 @@ __all__ = [
     "LaunchPretrainConfig",
     "LoggingConfig",
     "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "NodeLauncher",
     "OnError",
@@ -244,24 +245,6 @@ class SimulateConfig(PretrainConfig):
 
 
 @dataclass
-class PlanConfig(PretrainConfig):
-    """Memory, time and cost of a run, without its machines; instruction tuning is planned as training of its model."""
-
-    lora: LoraConfig = section(LoraConfig, help="what is trained")
-    format: str = key("table", help="what to print: table or json")
-    picture: str | None = key(None, help="SVG file to write: memory by pipeline stage")
-
-
-@dataclass
-class PlanSearchConfig(PretrainConfig):
-    """Every layout of a model on some accelerators, by predicted step time."""
-
-    lora: LoraConfig = section(LoraConfig, help="what is trained")
-    format: str = key("table", help="what to print: table or json")
-    num_rows: int = key(10, help="layouts to print; a table's, JSON has all", unit="layouts")
-
-
-@dataclass
 class TuneConfig(PretrainConfig):
     """Measure a few of the planner's best layouts with real steps, and write the fastest as an experiment."""
 
@@ -297,6 +280,15 @@ class PairsConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + alpha / rank · B A x; A and B are trained."""
+
+    rank: int = key(0, help="rows of A and columns of B; 0: no adapters, all parameters are trained")
+    alpha: float = key(16.0, help="what an adapter counts is alpha / rank")
+    targets: list[LoraTarget] = key([LoraTarget.query_key_value], help="linears of every block that get one")
+
+
+@dataclass
 class InstructConfig(EngineConfig):
     """Go on from a checkpoint with instruction pairs; the architecture comes from the checkpoint."""
 
@@ -320,3 +312,21 @@ class LaunchInstructConfig(InstructConfig):
     """Start an instruction-tuning run on the machines of `cluster`."""
 
     dry_run: bool = key(False, help="write what would run, print it, and start nothing; also --dry-run")
+
+
+@dataclass
+class PlanConfig(PretrainConfig):
+    """Memory, time and cost of a run, without its machines; instruction tuning is planned as training of its model."""
+
+    lora: LoraConfig = section(LoraConfig, help="low-rank adapters, trained instead of all weights")
+    format: str = key("table", help="what to print: table or json")
+    picture: str | None = key(None, help="SVG file to write: memory by pipeline stage")
+
+
+@dataclass
+class PlanSearchConfig(PretrainConfig):
+    """Every layout of a model on some accelerators, by predicted step time."""
+
+    lora: LoraConfig = section(LoraConfig, help="low-rank adapters, trained instead of all weights")
+    format: str = key("table", help="what to print: table or json")
+    num_rows: int = key(10, help="layouts to print; a table's, JSON has all", unit="layouts")

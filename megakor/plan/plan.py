@@ -61,8 +61,8 @@ class Subject:
         hardware = find_hardware(kind)
         if config.cluster.ranks_per_node is not None:
             hardware = replace(hardware, per_node=config.cluster.ranks_per_node)
-        rank = config.lora.rank
-        adapters = None if rank is None else Adapters(rank, tuple(dict.fromkeys(config.lora.targets)))
+        targets = tuple(target.value for target in config.lora.targets)
+        adapters = Adapters(config.lora.rank, targets) if config.lora.rank else None
         model = with_vocabulary(config)
         return cls(model, hardware, count, adapters, layers_of(model))
 

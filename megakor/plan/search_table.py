@@ -54,7 +54,9 @@ def print_table(config: PlanSearchConfig, subject: Subject, found: Found) -> Non
             ", ".join(name for name, there in besides.items() if there), layout.bound,
         )  # fmt: skip
     console.print(table)
-    console.print("\nLeft out: " + "; ".join(f"{reason} ({count:,})" for reason, count in found.left_out.items()))
+    console.print("\nLeft out:")
+    for reason, count in found.left_out.items():
+        console.print(f"{count:>7,}  {reason}", soft_wrap=True)
     if found.layouts:
         words = " ".join(f"{key}={value}" for key, value in found.layouts[0].overrides.items())
-        console.print(f"\nThe first as overrides:\n{words}")
+        console.print(f"\nThe first as overrides:\n{words}", soft_wrap=True)

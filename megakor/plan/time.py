@@ -8,7 +8,8 @@ What is assumed to run beside what:
 - Pipeline stages work one forward, one backward (Narayanan et al. 2021, section 2.2.1) and wait for what they send.
 - ZeRO-1 and 2 wait for all messages of replicas. ZeRO-3 gathers weights and scatters gradients beside the passes; the
   part that takes longer than the passes is waited for.
-- The optimizer's update, its transfers to the host included, runs beside nothing.
+- Weights that are kept on the host come with ZeRO-3's gathers. The optimizer's update, its transfers to the host
+  included, runs beside nothing.
 
 Sources: Korthikanti et al. 2022 (tensor and sequence parallelism, recomputation), Narayanan et al. 2021 (pipelines),
 Chowdhery et al. 2022, appendix B (utilization), Rajbhandari et al. 2020, section 7 (ZeRO's messages).
@@ -26,22 +27,19 @@ from megakor.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megakor.model.flops import train_flops_per_token
 from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, parameter_specs
 from megakor.parallel.dims import ParallelDims
-from megakor.plan.clock import Clock, optimizer_seconds, replica_seconds
+from megakor.plan.clock import Clock, Pass, optimizer_seconds, replica_seconds
 from megakor.plan.hardware import Hardware, Ring
-from megakor.plan.passes import Shape, stage_work
+from megakor.plan.passes import Shape, counts_of, parts_of
 from megakor.plan.work import (
     DENSE,
     DOWN,
     FP32,
-    ITEM_SIZE,
     MEGAKOR,
-    NOTHING,
     QUERY_KEY_VALUE,
     UP,
     Adapters,
     Practice,
     StageLayers,
-    Work,
 )
 
 
@@ -94,21 +92,6 @@ class StepTime:
     def hfu(self) -> float:
         """The same with recomputation."""
         return self.hardware_flops / self.seconds / self.peak
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Seconds of one micro-batch on a stage."""
-
-    compute: float
-    recompute: float
-    tensor: float
-    context: float
-    transfers: float
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.tensor + self.context + self.transfers
 
 
 def even_stages(num_layers: int, num_stages: int) -> list[StageLayers]:
@@ -171,23 +154,13 @@ def flops_per_token(model: ModelConfig, train: TrainConfig, adapters: Adapters |
     return useful, -(-layers // train.activation_checkpointing_interval) * (block + attention)
 
 
-def pass_time(clock: Clock, works: tuple[Work, Work, Work], accumulated: float, sent: float) -> Pass:
-    """One micro-batch on a stage.
-
-    Args:
-        works: forward, backward, and what is computed again.
-        accumulated: bytes of adding its gradients to those before.
-        sent: bytes of hidden states and gradients that the stage sends.
-    """
-    whole = sum(works, NOTHING)
-    neighbours = Ring(2, 2 if clock.dims.world_size <= clock.hardware.per_node else 1)
-    return Pass(
-        compute=clock.compute(whole) + accumulated / clock.memory_rate,
-        recompute=clock.compute(works[2]),
-        tensor=clock.messages(whole, "tensor"),
-        context=clock.messages(whole, "context"),
-        transfers=neighbours.seconds("send", sent, clock.hardware),
-    )
+def stage_passes(clock: Clock, shape: Shape, train: TrainConfig, stages: Sequence[StageLayers]) -> list[Pass]:
+    """One micro-batch on each stage, without what it sends and adds to its gradients."""
+    parts = {name: clock.pass_of(work) for name, work in parts_of(shape, train).items()}
+    parts["again"] = replace(parts["again"], recompute=parts["again"].compute)
+    return [
+        sum((parts[name].times(count) for name, count in counts_of(layers, train).items()), Pass()) for layers in stages
+    ]
 
 
 def step_time(
@@ -213,8 +186,8 @@ def step_time(
     if stages is None:
         stages = even_stages(model.num_hidden_layers, dims.pipeline)
     assert len(stages) == dims.pipeline
-    count = -(-train.global_batch_size // (train.micro_batch_size * dims.data))
-    size = ITEM_SIZE[train.precision]
+    count = dims.num_micro_batches(train)
+    size = train.precision.itemsize
     clock = Clock(hardware, train.precision, dims)
     shape = Shape(model, parallel, train.micro_batch_size, train.sequence_length, size, adapters, practice)
     held = [stage_parameters(model, layers, dims.tensor) for layers in stages]
@@ -222,13 +195,14 @@ def step_time(
     if adapters is not None:
         trained = [adapter_parameters(model, adapters, layers, dims.tensor) for layers in stages]
     border = shape.stream / dims.tensor if practice.sends_parts else shape.residual
-    borders = practice.virtual_stages * 2 * border if dims.pipeline > 1 else 0.0
+    sent = practice.virtual_stages * 2 * border if dims.pipeline > 1 else 0.0
+    neighbours = Ring(2, 2 if dims.world_size <= hardware.per_node else 1)
+    transfers = neighbours.seconds("send", sent, hardware) if sent else 0.0
     passes = [
-        pass_time(clock, stage_work(shape, layers, train), numel * (size + 2 * FP32), borders)
-        for layers, numel in zip(stages, trained, strict=True)
+        one + Pass(compute=numel * (size + 2 * FP32) / clock.memory_rate, transfers=transfers)
+        for one, numel in zip(stage_passes(clock, shape, train, stages), trained, strict=True)
     ]
-    slowest = max(range(len(passes)), key=lambda stage: passes[stage].seconds)
-    worst = passes[slowest]
+    worst = max(passes, key=lambda one: one.seconds)
     bubble = (sum(one.seconds for one in passes) - worst.seconds) / practice.virtual_stages
     replicas = max(
         replica_seconds(clock, parallel, practice, numel, weights, one.compute, count)

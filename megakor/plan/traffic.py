@@ -14,10 +14,8 @@ from dataclasses import dataclass, replace
 from megakor.config.schema import EngineConfig, ModelConfig, Precision
 from megakor.parallel.dims import ParallelDims
 from megakor.plan.partition import Stage
-from megakor.plan.passes import Shape, stage_work
-from megakor.plan.work import Adapters
-
-FP32 = 4  # bytes
+from megakor.plan.passes import Shape, counts_of, parts_of
+from megakor.plan.work import FP32, Adapters
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,6 @@ def stage_traffic(
 ) -> list[Traffic]:
     """What a rank of a stage puts into collectives and sends in a step.
 
-    Sums of the loss and of biases, which are small, are left out.
-
     Args:
         trained: parameters of the rank that have gradients; None: all.
     """
@@ -88,13 +84,14 @@ def stage_traffic(
     )
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
-    for work in stage_work(shape, layers, train):
-        for message, number in work.messages.items():
+    parts = parts_of(shape, train)
+    for name, times in counts_of(layers, train).items():
+        for message in parts[name].messages:
             place = message.axis, message.kind
             among = getattr(dims, message.axis) if message.kind == "all_gather" else 1
-            counts[place] += number * count
-            sizes[place] += round(message.num_bytes) // among * number * count
-    found = [Traffic(*place, counts[place], sizes[place]) for place in sorted(counts)]
+            counts[place] += times * count
+            sizes[place] += round(message.num_bytes) // among * times * count
+    found = [Traffic(*place, counts[place], sizes[place]) for place in sorted(counts) if counts[place]]
     if stage.number < dims.pipeline - 1:
         found.append(Traffic("pipeline", "send_hidden_states", count, round(shape.residual) * count))
     if stage.number > 0:

@@ -5,14 +5,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
-from megakor.config.choices import Precision
-
-ITEM_SIZE = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp16: 2}
-"""Bytes of a number in an arithmetic."""
-FP32 = 4
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -79,27 +74,29 @@ class StageLayers:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product [rows, inner] × [inner, columns]."""
+    """So many matrix products [rows, inner] × [inner, columns]."""
 
     rows: float
     inner: float
     columns: float
+    count: float = 1
 
     @property
     def flops(self) -> float:
-        return 2.0 * self.rows * self.inner * self.columns
+        return 2.0 * self.rows * self.inner * self.columns * self.count
 
     def num_bytes(self, item_size: int) -> float:
         """Bytes of both operands and the result."""
-        return item_size * (self.rows * self.inner + self.inner * self.columns + self.rows * self.columns)
+        sides = self.rows * self.inner + self.inner * self.columns + self.rows * self.columns
+        return item_size * sides * self.count
 
     @property
-    def backward(self) -> list[Product]:
+    def backward(self) -> tuple[Product, Product]:
         """The products of the gradients by the left operand and by the right one."""
-        return [
-            Product(self.rows, self.columns, self.inner),
-            Product(self.inner, self.rows, self.columns),
-        ]
+        return (
+            Product(self.rows, self.columns, self.inner, self.count),
+            Product(self.inner, self.rows, self.columns, self.count),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,42 +121,24 @@ class Work:
     """An amount of work.
 
     Attributes:
-        products: matrix products, how often.
-        attention: FLOPs of fused attention.
+        products: matrix products.
         streamed: bytes that operations bound by memory read and write.
-        messages: collectives, how often.
+        messages: collectives.
+        attention: FLOPs of fused attention.
     """
 
-    products: Counter[Product]
-    attention: float
-    streamed: float
-    messages: Counter[Message]
-
-    @classmethod
-    def of(
-        cls, products: list[Product], streamed: float, messages: list[Message] | None = None, attention: float = 0.0
-    ) -> Work:
-        return cls(Counter(products), attention, streamed, Counter(messages or []))
+    products: tuple[Product, ...] = ()
+    streamed: float = 0.0
+    messages: tuple[Message, ...] = ()
+    attention: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.products + other.products,
-            self.attention + other.attention,
             self.streamed + other.streamed,
             self.messages + other.messages,
+            self.attention + other.attention,
         )
 
-    def times(self, number: int) -> Work:
-        return Work(
-            Counter({product: count * number for product, count in self.products.items()}),
-            self.attention * number,
-            self.streamed * number,
-            Counter({message: count * number for message, count in self.messages.items()}),
-        )
 
-    @property
-    def flops(self) -> float:
-        return self.attention + sum(product.flops * count for product, count in self.products.items())
-
-
-NOTHING = Work.of([], 0.0)
+NOTHING = Work()

@@ -23,10 +23,9 @@ from megakor.data.manifest import check_files, load_manifest
 from megakor.data.remote import RemoteFolder
 from megakor.files import sha256_of
 from megakor.instruct.pairs import pair_files
-from megakor.model.specs import num_parameters
+from megakor.model.specs import num_parameters, resolve_vocabulary
 from megakor.preflight.meeting import POLL_SECONDS, Meeting
 from megakor.tokenizer.tokenizer import Tokenizer
-from megakor.train.run import resolve_vocabulary
 
 SEEN_SECONDS = 10.0
 """How long a shared file system may take to show a new file."""

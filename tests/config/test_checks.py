@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megakor.config import checks, verb_checks
+from megakor.config import checks, data_checks, plan_checks, verb_checks
 from megakor.config.checks import OWNED_DEEPSPEED_KEYS, check, check_fit
 from tests.config.commands import NEEDED, composed, quickly_composed
 
@@ -193,6 +193,24 @@ BAD: list[tuple[str, list[str], str, str]] = [
      "be left out"),
     ("pretrain", ["+deepspeed.pipeline.grad_partitioned=true"], "deepspeed.pipeline.grad_partitioned=True",
      "be left out"),
+    # plan
+    *[
+        (verb, [f"cluster.gpus={gpus}"], f"cluster.gpus={gpus}", "be number x kind")
+        for verb in ("plan", "plan search") for gpus in ("a100-80g", "0xa100-80g", "-1xh100", "8", "x", "8x")
+    ],
+    ("plan search", ["cluster.gpus=null"], "cluster.gpus=None", "be given"),
+    *[
+        ("plan", [f"cluster.{name}={value}"], f"cluster.{name}={value}.0", "be above 0")
+        for name in ("price_krw", "krw_per_usd") for value in (0, -1)
+    ],
+    ("plan", ["cluster.ranks_per_node=0"], "cluster.ranks_per_node=0", "be above 0"),
+    ("plan", ["lora.rank=-1"], "lora.rank=-1", "be at least 0"),
+    ("plan", ["lora.alpha=0"], "lora.alpha=0.0", "be above 0"),
+    ("plan", ["lora.targets=[]"], "lora.targets=[]", "name at least one linear, each once"),
+    ("plan", ["lora.targets=[dense,dense]"], "lora.targets=['dense', 'dense']", "name at least one linear, each once"),
+    ("plan", ["format=yaml"], "format=yaml", "be table or json"),
+    ("plan search", ["num_rows=0"], "num_rows=0", "be above 0"),
+    ("plan search", ["parallel.tensor_parallel_size=3"], "parallel.tensor_parallel_size=3", "nearest: 2 or 4"),
     # instruct
     ("instruct", ["train.sequence_lengths={100: 32}"], "train.sequence_lengths={100: 32}", "a pair stays whole"),
     ("instruct", ["pairs.validation_ratio=1"], "pairs.validation_ratio=1.0", "lie in [0, 1)"),
@@ -287,7 +305,7 @@ def test_what_instruct_learns_from_its_base_is_checked_too() -> None:
 def test_every_rule_is_broken_by_a_test() -> None:
     """Keys that a check names literally, all of which have a bad value above."""
     named: set[str] = set()
-    source = inspect.getsource(checks) + inspect.getsource(verb_checks)
+    source = "".join(map(inspect.getsource, (checks, data_checks, verb_checks, plan_checks)))
     for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Call)

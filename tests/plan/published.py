@@ -33,7 +33,7 @@ class Row:
         gpus: how many of the hardware.
         published: model FLOPs utilization, %; hardware FLOPs utilization where `of_hardware`.
         assumed: what the source does not say.
-        fitted: whether a constant was fitted on it.
+        fitted: whether constants were fitted on it (`tests.plan.fit`).
         network_gb_per_s: of its nodes, where they are not the hardware file's.
     """
 
@@ -59,16 +59,15 @@ class Row:
         dims = ParallelDims.from_config(self.parallel, self.gpus)
         return step_time(self.model, self.parallel, self.train, dims, hardware, practice=self.practice)
 
-    @property
-    def predicted(self) -> float:
+    def predicted(self, hardware: Hardware | None = None) -> float:
         """What the plan says, %."""
-        step = self.step()
+        step = self.step(hardware)
         return 100 * (step.hfu if self.of_hardware else step.mfu)
 
     @property
     def difference(self) -> float:
         """Predicted over published, less one, %."""
-        return 100 * (self.predicted / self.published - 1)
+        return 100 * (self.predicted() / self.published - 1)
 
 
 def gpt(hidden: int, layers: int, heads: int, vocabulary: int = 51200) -> ModelConfig:
@@ -101,7 +100,9 @@ def train_config(
 MEGATRON = Practice(fused_attention=False, hides_tensor_messages=False, hides_replica_messages=(), stops_early=False)
 """Megatron-LM of 2021: PyTorch's data parallelism after the last micro-batch, scores in memory."""
 
-KORTHIKANTI = "Korthikanti et al. 2022, table 5"
+FITTED_LENGTHS = (1024, 4096, 16384)
+
+KORTHIKANTI = "Korthikanti et al. 2022"
 NARAYANAN = "Narayanan et al. 2021, table 1"
 
 
@@ -118,7 +119,10 @@ def korthikanti() -> list[Row]:
     }
     rows = []
     for name, (hidden, layers, heads, stages, parts, batch, micro, full, selective, mfu) in sizes.items():
-        for kind, published in ((SELECTIVE, mfu), (FULL, mfu * selective / full)):
+        runs = [(SELECTIVE, mfu, 1), (FULL, mfu * selective / full, 1)]
+        if name == "530B":
+            runs += [(SELECTIVE, 54.2, 8), (FULL, 42.1, 8)]  # the abstract's, on 2,240 GPUs
+        for kind, published, replicas in runs:
             parallel = ParallelConfig(
                 tensor_parallel_size=8,
                 pipeline_parallel_size=stages,
@@ -126,10 +130,11 @@ def korthikanti() -> list[Row]:
                 zero_stage=0,
             )
             practice = replace(MEGATRON, virtual_stages=parts, hides_tensor_messages=True, sends_parts=True)
-            train = train_config(batch, micro, kind, half=True)
+            train = train_config(batch * replicas, micro, kind, half=True)
+            run = f"{name}, {8 * stages * replicas} a100-80g, {kind.value}"
             rows.append(
-                Row(KORTHIKANTI, f"{name}, {kind.value}", gpt(hidden, layers, heads), parallel, train, "a100-80g",
-                    8 * stages, practice, published)
+                Row(KORTHIKANTI, run, gpt(hidden, layers, heads), parallel, train, "a100-80g", 8 * stages * replicas,
+                    practice, published)
             )  # fmt: skip
     return rows
 
@@ -152,12 +157,13 @@ def narayanan() -> list[Row]:
         "1008.0B": (25600, 128, 160, 8, 64, 1, 3072, 3072, 1, 163),
     }
     return [
-        Row(NARAYANAN, name, gpt(hidden, layers, heads),
+        Row(NARAYANAN, f"{name}, {gpus} a100-80g", gpt(hidden, layers, heads),
             ParallelConfig(tensor_parallel_size=tensor, pipeline_parallel_size=stages, zero_stage=0),
             train_config(batch, micro, FULL, half=True), "a100-80g", gpus,
             replace(MEGATRON, virtual_stages=parts, sends_parts=True),
-            100 * tflops / 312, of_hardware=True)
-        for name, (hidden, layers, heads, tensor, stages, parts, gpus, batch, micro, tflops) in sizes.items()
+            100 * tflops / 312, of_hardware=True, fitted=index % 2 == 0)
+        for index, (name, (hidden, layers, heads, tensor, stages, parts, gpus, batch, micro, tflops))
+        in enumerate(sizes.items())
     ]  # fmt: skip
 
 
@@ -179,6 +185,7 @@ def llm_foundry() -> list[Row]:
                 gpt(*sizes[run["model"]], vocabulary=50368),
                 ParallelConfig(zero_stage=3 if run["sharding"] == "FULL_SHARD" else 2), train, run["hardware"], gpus,
                 practice, float(run["mfu"]),
+                fitted=gpus == 8 and run["hardware"] != "a100-40g" and train.sequence_length in FITTED_LENGTHS,
                 assumed="" if checkpointing is NONE else
                 "PyTorch 2.1, whose recomputation stops early" if newer else "PyTorch before 2.1, which recomputes all")
         )  # fmt: skip
@@ -200,9 +207,9 @@ def others() -> list[Row]:
             ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=4), train_config(1536, 4, FULL, half=True),
             "a100-40g", 96, MEGATRON, 100 * 117 / 312 * useful / counted, network_gb_per_s=12.5),
         Row("TinyLlama", "1.1B, 16 a100-40g", tiny, ParallelConfig(zero_stage=2), train_config(1024, 8, NONE),
-            "a100-40g", 16, fsdp, 56.0, assumed=f"sharding as ZeRO-2; {lit}"),
-        Row("TinyLlama", "1.1B, 64 a100-40g", tiny, ParallelConfig(zero_stage=2), train_config(512 * 8, 8, NONE),
-            "a100-40g", 64, fsdp, 52.0, assumed=f"sharding as ZeRO-2, 8 micro-batches of 8 a step; {lit}"),
+            "a100-40g", 16, fsdp, 56.0, assumed=f"on 16, sharding as ZeRO-2; {lit}"),
+        Row("TinyLlama", "1.1B, 64 a100-40g", tiny, ParallelConfig(zero_stage=3), train_config(512, 4, NONE),
+            "a100-40g", 64, fsdp, 52.0, assumed=f"on 64, A100s of 40 GB; {lit}"),
     ]  # fmt: skip
 
 
