@@ -172,7 +172,7 @@ def test_a_flag_sets_the_key_of_its_name() -> None:
     assert not composed("launch pretrain", *PRETRAIN).dry_run
 
 
-@pytest.mark.parametrize("flag", ["--dry-run", "--run"])
+@pytest.mark.parametrize("flag", ["--dry-run", "--name"])
 def test_a_flag_that_is_no_key_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`pretrain` has no dry run, and a key with a value is no flag."""
     with pytest.raises(SystemExit) as ended:
