@@ -25,6 +25,7 @@ STAND_INS = {
 printf '%s\\n' "$@" > "$FOLDER/srun"
 [ -e "$FOLDER/fails" ] && exit 1
 while [ ! -e "$FOLDER/run/STOP" ]; do sleep 0.05; done
+[ -e "$FOLDER/too_late" ] && exit 1
 rm "$FOLDER/run/STOP"
 echo '{"outcome": "stopped", "reason": "", "step": 4, "checkpoint": null, "world_size": 4}' > "$FOLDER/run/exit.json"
 """,
@@ -102,6 +103,17 @@ def test_notice_saves_and_requeues(folder: Path) -> None:
     assert words[-7:] == [sys.executable, "node-1", "megakor.pretrain", "--config-dir", str(folder / "run/launch"),
                           "--config-name", "config"]  # fmt: skip
     assert "--nproc-per-node=2" in "".join(words)
+
+
+def test_a_notice_that_came_too_late_stops_no_later_start(folder: Path) -> None:
+    """The run died before it could heed its STOP: that is a failure, and the next start must not heed it."""
+    script("launch.restarts=5")
+    (folder / "too_late").touch()
+    process = job(folder)
+    wait_for(folder / "srun")
+    process.send_signal(signal.SIGUSR1)
+    assert (process.wait(timeout=60), (folder / "scontrol").read_text()) == (0, "requeue 7\n")
+    assert not (folder / "run" / "STOP").exists()
 
 
 def test_a_stop_by_hand_ends_the_job(folder: Path) -> None:
