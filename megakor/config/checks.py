@@ -21,6 +21,7 @@ from megakor.config.schema import (
     EvaluateConfig,
     GenerateConfig,
     InstructConfig,
+    LoraConfig,
     ModelConfig,
     OnSpike,
     OptimizerName,
@@ -282,8 +283,16 @@ def check_pairs(pairs: PairsConfig) -> None:
     positive("pairs.max_pairs", pairs.max_pairs)
 
 
+def check_lora(lora: LoraConfig) -> None:
+    positive("lora.rank", lora.rank, allow_zero=True)
+    positive("lora.alpha", lora.alpha)
+    targets = [target.value for target in lora.targets]
+    require(len(targets) == len(set(targets)) > 0, "lora.targets", targets, "name at least one linear, each once")
+
+
 def check_instruct(config: InstructConfig) -> None:
     check_engine(config)
+    check_lora(config.lora)
     rule = "be {}: a pair stays whole"
     require(not config.train.sequence_lengths, "train.sequence_lengths", config.train.sequence_lengths, rule)
     check_pairs(config.pairs)

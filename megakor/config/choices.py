@@ -46,6 +46,15 @@ class OnError(Enum):
     skip = "skip"
 
 
+class LoraTarget(Enum):
+    """Linears of a block that adapters may go with."""
+
+    query_key_value = "query_key_value"
+    dense = "dense"
+    dense_h_to_4h = "dense_h_to_4h"
+    dense_4h_to_h = "dense_4h_to_h"
+
+
 class TokenizerKind(Enum):
     bpe = "bpe"
     unigram = "unigram"

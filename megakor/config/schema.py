@@ -14,6 +14,7 @@ from megakor.config.choices import (
     ActivationCheckpointing,
     ClusterKind,
     JobKind,
+    LoraTarget,
     NodeLauncher,
     OnError,
     OnSpike,
@@ -66,6 +67,8 @@ __all__ = [
     "KubernetesConfig",
     "LaunchConfig",
     "LoggingConfig",
+    "LoraConfig",
+    "LoraTarget",
     "ModelConfig",
     "NodeLauncher",
     "OnError",
@@ -245,9 +248,22 @@ class PairsConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + alpha / rank · B A x, where A and B are trained and W stays."""
+
+    rank: int = key(0, help="rows of A and columns of B; 0: no adapters, all parameters are trained")
+    alpha: float = key(16.0, help="what an adapter counts is alpha / rank")
+    targets: list[LoraTarget] = key(
+        [LoraTarget.query_key_value],
+        help="linears of every block that get one: query_key_value, dense, dense_h_to_4h, dense_4h_to_h",
+    )
+
+
+@dataclass
 class InstructConfig(EngineConfig):
     """Go on from a checkpoint with instruction pairs; the architecture comes from the checkpoint."""
 
     base: str = key(help="run folder or checkpoint folder to start from")
     pairs: PairsConfig = section(PairsConfig, help="instruction data")
     tokenizer: str = key(help="folder of the tokenizer that the base was trained with")
+    lora: LoraConfig = section(LoraConfig, help="low-rank adapters, trained instead of the base's weights")

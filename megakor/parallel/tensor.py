@@ -13,6 +13,11 @@ With it, each rank holds its part of the sequence, norms and dropout work on tha
 The gathered input of a column linear is not kept: the backward pass gathers it again. Norms and row biases see a part
 of the tokens only, so their gradients are summed over the tensor ranks, in an identity around the parameter. Dimension
 1 of hidden states is the sequence.
+
+An adapter (`megakor.model.lora`) is laid out as its linear is. A column's A works on this rank's part of the residual
+stream, and its B is a column linear from there on: what is gathered is [batch, seq, rank]. A row's A has a part of the
+features, so A x is a partial sum. B is linear: B applied to it is a partial sum of the output, which `join` adds up
+with the row's own, and no collective is added but for the sum of B's gradients.
 """
 
 from __future__ import annotations
@@ -157,7 +162,8 @@ class _Column(torch.autograd.Function):
     """A linear layer from the residual stream on, whose backward pass computes while it communicates.
 
     The input is gathered beside the product for the input's gradient, and that is summed beside the product for the
-    weight's. Kept are this rank's part of the input, and the weight itself and no view of it (`gathered_linear`).
+    weight's. Kept are this rank's part of the input, and the weight itself and no view of it (`gathered_linear`). Where
+    the weight is frozen the input is neither kept nor gathered again.
     """
 
     @staticmethod
@@ -165,18 +171,18 @@ class _Column(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, region: TensorRegion
     ) -> torch.Tensor:
         ctx.region = region
-        ctx.save_for_backward(states, weight)
+        ctx.save_for_backward(states if ctx.needs_input_grad[1] else None, weight)
         return functional.linear(region.start_entering(states)(), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
-        states, weight = ctx.saved_tensors
-        whole = ctx.region.start_entering(states)
-        of_states = ctx.region.start_leaving(gradient.matmul(weight))
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed, (states, weight) = ctx.needs_input_grad, ctx.saved_tensors
+        whole = ctx.region.start_entering(states) if needed[1] else None
+        of_states = ctx.region.start_leaving(gradient.matmul(weight)) if needed[0] else None
         rows = gradient.flatten(0, -2)
-        of_weight = rows.t().matmul(whole().flatten(0, -2))
-        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return of_states(), of_weight, of_bias, None
+        of_weight = rows.t().matmul(whole().flatten(0, -2)) if whole is not None else None
+        of_bias = rows.sum(0) if needed[2] else None
+        return of_states() if of_states is not None else None, of_weight, of_bias, None
 
 
 class ColumnLinear(Linear):
@@ -184,15 +190,28 @@ class ColumnLinear(Linear):
 
     region: TensorRegion
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.region.column(hidden_states, self.weight, self.bias)
 
 
 class RowLinear(Linear):
     """A shard of the input features: [batch, seq, in / size] -> partial sums [batch, seq, out], without the bias."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.product(hidden_states, self.weight)
+
+
+class SharedLinear(Linear):
+    """A linear that every tensor rank holds whole and uses on a part of the tokens or features; without a bias.
+
+    Its gradients, sums over that part, are added up over the ranks.
+    """
+
+    region: TensorRegion
+
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (weight,) = _SumGradients.apply(self.region.group, self.weight)
+        return self.product(hidden_states, weight)
 
 
 class VocabularyEmbedding(Embedding):
@@ -266,6 +285,22 @@ class ShardedLayers:
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
         kind = Linear if self.size == 1 else RowLinear
         return self.made(kind(in_features // self.size, out_features, bias=bias, dtype=self.dtype, device=self.device))
+
+    def adapters(self, layer: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
+        if isinstance(layer, ColumnLinear):
+            down = self.shared if self.region.sequence_parallel else self.whole
+            return down(layer.in_features, rank), self.column(rank, self.size * layer.out_features, bias=False)
+        up = self.shared if isinstance(layer, RowLinear) else self.whole
+        return self.whole(layer.in_features, rank), up(rank, layer.out_features)
+
+    def whole(self, in_features: int, out_features: int) -> Linear:
+        """A linear that no collective has a part in."""
+        return self.made(Linear(in_features, out_features, bias=False, dtype=self.dtype, device=self.device))
+
+    def shared(self, in_features: int, out_features: int) -> Linear:
+        layer = SharedLinear(in_features, out_features, bias=False, dtype=self.dtype, device=self.device)
+        layer.region = self.region
+        return self.made(layer)
 
     def made(self, layer: AnyLayer) -> AnyLayer:
         """The layer, its product as the weights need it."""
