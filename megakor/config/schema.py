@@ -249,7 +249,7 @@ class PairsConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + alpha / rank · B A x, where A and B are trained and W stays."""
+    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + alpha / rank · B A x; A and B are trained."""
 
     rank: int = key(0, help="rows of A and columns of B; 0: no adapters, all parameters are trained")
     alpha: float = key(16.0, help="what an adapter counts is alpha / rank")

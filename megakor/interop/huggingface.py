@@ -20,7 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
 from megakor.checkpoint.format import CheckpointManifest
-from megakor.checkpoint.reader import model_config, read_weights, resolve, run_of
+from megakor.checkpoint.reader import check_whole, model_config, read_weights, resolve, run_of
 from megakor.config.schema import ExportConfig, ModelConfig, Precision
 from megakor.files import share
 from megakor.interop.model_card import write_model_card
@@ -50,7 +50,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     checkpoint = resolve(config.run)
     manifest = CheckpointManifest.load(checkpoint)
-    manifest.check_contents(checkpoint)
+    check_whole(checkpoint)
     model = model_config(manifest)
     assert model.vocab_size is not None, "a checkpoint's vocabulary is resolved"
     tokenizer_folder = run_of(checkpoint) / "tokenizer"

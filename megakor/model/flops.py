@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from megakor.config.schema import LoraConfig, ModelConfig
-from megakor.model.lora import adapter_specs
+from megakor.model.lora import num_adapter_parameters
 from megakor.model.specs import num_parameters
 
 
@@ -20,6 +18,5 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int, lora: LoraC
     parameters = num_parameters(config)
     if not config.tie_word_embeddings:
         parameters -= config.vocab_size * config.hidden_size
-    adapters = sum(math.prod(spec.shape) for spec in adapter_specs(config, lora)) if lora is not None else 0
-    per_parameter = 6.0 if lora is None else 4.0
-    return per_parameter * parameters + 6.0 * adapters + 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length
+    weights = 6.0 * parameters if lora is None else 4.0 * parameters + 6.0 * num_adapter_parameters(config, lora)
+    return weights + 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length

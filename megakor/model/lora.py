@@ -51,6 +51,11 @@ def adapter_specs(model: ModelConfig, lora: LoraConfig) -> list[ParameterSpec]:
     return specs
 
 
+def num_adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of all adapters."""
+    return sum(math.prod(spec.shape) for spec in adapter_specs(model, lora))
+
+
 def adapt(module: nn.Module, lora: LoraConfig, layers: Layers) -> None:
     """Freeze a model, or a stage of one, and give its targeted linears adapters; values are not filled in."""
     module.requires_grad_(False)

@@ -18,8 +18,9 @@ def initial_value(spec: ParameterSpec, seed: int) -> torch.Tensor:
         return torch.full(spec.shape, spec.constant, dtype=torch.float32)
     digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    if spec.std is None:
+    if spec.bound is not None:
         return torch.empty(spec.shape, dtype=torch.float32).uniform_(-spec.bound, spec.bound, generator=generator)
+    assert spec.std is not None
     return torch.randn(spec.shape, generator=generator, dtype=torch.float32).mul_(spec.std)
 
 

@@ -97,12 +97,12 @@ class GPTNeoXPipeline(PipelineModule):
 
     def check_blocks(self) -> None:
         """ValueError, on all ranks alike, where a stage has no block: adapters are in blocks, and each stage trains."""
-        blocks = [isinstance(spec, LayerSpec) and spec.typename is Block for spec in self._layer_specs]
+        blocks = [spec.typename is Block for spec in self._layer_specs]
         for stage, (start, stop) in enumerate(pairwise(self.parts)):
             if not any(blocks[start:stop]):
                 raise ValueError(
-                    f"parallel.pipeline_partition={self.partition} must give each stage a block with lora.rank above 0, "
-                    f"and stage {stage} has none; nearest: type:Block"
+                    f"parallel.pipeline_partition={self.partition} must give each stage a block, since adapters are in "
+                    f"blocks; stage {stage} has none; nearest: type:Block"
                 )
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

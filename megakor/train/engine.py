@@ -107,7 +107,7 @@ class Engine:
         values: Values,
         lora: LoraConfig | None = None,
     ) -> None:
-        self.dims, self.model, self.num_tokens = dims, model, num_tokens
+        self.dims, self.model, self.num_tokens, self.lora = dims, model, num_tokens, lora
         self.groups = Groups.create(dims)
         self.data_rank = self.groups.position("data")
         self.num_micro_batches = num_micro_batches(config, dims)
@@ -115,18 +115,18 @@ class Engine:
         self.pipelined = dims.pipeline > 1
         self.clip_grad_norm = config.train.clip_grad_norm
         self.clips_itself = config.parallel.zero_stage == 0  # DeepSpeed then tells no norm unless it clips
-        self._build(config, values, lora)
+        self._build(config, values)
         self._initialize(config)
         self._own(config, values)
 
-    def _build(self, config: EngineConfig, values: Values, lora: LoraConfig | None) -> None:
+    def _build(self, config: EngineConfig, values: Values) -> None:
         """Make this rank's part of the model, with its weights."""
         partitioned = config.parallel.zero_stage == 3
         with self._partitioning(config) if partitioned else nullcontext():
             precision = config.train.precision
             self.built = build(
                 config, self.model, self.num_tokens, self.groups, DTYPES[precision], device(), loss_chunk(),
-                attending(precision), lora,
+                attending(precision), self.lora,
             )  # fmt: skip
         self._fill(values)
         if config.train.compile:

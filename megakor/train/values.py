@@ -53,7 +53,7 @@ class SeededValues:
 
 @dataclass
 class AdaptedValues:
-    """A frozen base with adapters: weights from the one; adapters, their moments and what goes with them from the other."""
+    """A frozen base with adapters: weights from the one, adapters and their optimizer state from the other."""
 
     base: Values
     adapters: Values

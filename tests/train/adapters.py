@@ -1,4 +1,4 @@
-"""Tiny models with adapters in training: engines of any layout, and the same steps by plain torch with PEFT's layers."""
+"""Tiny models with adapters in training: engines of any layout, and the same by plain torch with PEFT's layers."""
 
 from __future__ import annotations
 
