@@ -19,7 +19,7 @@ from megakor.train.fragments import is_partitioned, own_range
 from megakor.train.run import plain
 from megakor.train.values import AdaptedValues, SeededValues
 from tests.distributed.runs import ADAFACTOR, BF16, PP2, TIED, zero
-from tests.distributed.test_pairs import CP2, OFFLOAD, SP, TP2, steps
+from tests.distributed.test_pairs import CP2, OFFLOAD, SP, TP2, batches, steps
 from tests.ranks import run_ranks
 from tests.train.adapters import EVERYWHERE, by_peft, make_adapted
 from tests.train.engines import NUM_TOKENS, config_of, make_engine, model_of
@@ -52,7 +52,8 @@ OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 sp bf16": (2, TP2 | SP | BF16),
     "pp2 bf16": (2, PP2 | BF16),
     "dp2 zero3 bf16": (2, zero(3) | BF16),
-    "tp2 adafactor": (2, TP2 | ADAFACTOR),
+    # It divides gradients by their own size: heads rotate whole, or some would be rounding alone.
+    "tp2 adafactor": (2, TP2 | ADAFACTOR | {"model__rotary_pct": 1.0}),
 }
 
 
@@ -164,7 +165,10 @@ def run_otherwise(changes: dict[str, Any]) -> tuple[list[StepResult], bool]:
     """A few steps; and whether they left the frozen weights as they were."""
     engine = make_adapted(config_of(**changes))
     before = weights_of(engine)
-    results, after = steps(engine, 0, SAVED), weights_of(engine)
+    results = [
+        engine.train_step(batches(step, engine.data_rank, engine.dims.data), 1e-3, step) for step in range(SAVED)
+    ]
+    after = weights_of(engine)
     moved = {name for name, weights in after.items() if not torch.equal(weights, before[name])}
     return results, moved == {name for name in after if is_adapter(name)}
 
@@ -177,7 +181,7 @@ def test_other_arithmetic(name: str) -> None:
     (expected, _), *_ = run_ranks(run_otherwise, 1, alone)
     for results, frozen in ranks:
         assert frozen, "a step must change the adapters, and them alone"
-        check_results(results, expected, 2**-8 if "bf16" in name else 1e-4)
+        check_results(results, expected, 2**-7 if "bf16" in name else 1e-5)
 
 
 def start_pipeline(partition: str) -> str:
