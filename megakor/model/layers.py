@@ -1,7 +1,7 @@
 """The layers that a model is made of, and the factory through which the model asks for them.
 
 The factory decides what a rank holds of each layer: `WholeLayers` makes whole ones for one rank,
-`megakor.parallel.tensor.ShardedLayers` a tensor rank's shards. The model itself does not know.
+`megakor.parallel.layers.ShardedLayers` a tensor rank's shards. The model itself does not know.
 
 Weights are allocated without values: a parameter's initial value depends on the seed and its canonical name alone
 (`megakor.model.specs`), so a layer that filled its own weights would only be overwritten.

@@ -18,9 +18,9 @@ from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
 from megakor.model.lora import adapt, adapter_specs
 from megakor.model.specs import ParameterSpec, Shard, parameter_specs
 from megakor.parallel.groups import Groups
+from megakor.parallel.layers import ShardedLayers
 from megakor.parallel.loss import VocabularyShard, vocabulary_loss
 from megakor.parallel.pipeline import GPTNeoXPipeline
-from megakor.parallel.tensor import ShardedLayers
 
 
 @dataclass(frozen=True)
