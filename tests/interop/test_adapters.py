@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.reader import load_model, read_weights, resolve
+from megakor.checkpoint.verify import damages
 from megakor.config.schema import (
     CheckpointConfig,
     EvaluationConfig,
@@ -42,7 +43,7 @@ from megakor.model.parameters import initial_value
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine
 from megakor.train.schedule import learning_rate
-from tests.distributed.runs import Curve, Job, Stop, _layout, curve, ended_by, zero
+from tests.distributed.runs import Curve, Job, Stop, curve, ended_by, layout_of_group, zero
 from tests.interop.conftest import MODEL, write_run
 from tests.ranks import run_ranks
 
@@ -76,7 +77,7 @@ def configuration(folder: Path, name: str, base: str = "base", **changes: Any) -
 
 def run_instruct(config: InstructConfig, stop: int | None = None) -> str | None:
     """Run `megakor instruct` in the group that is there, to its end or until a step; the error, if any."""
-    instruct.process_group = _layout  # type: ignore[assignment]
+    instruct.process_group = layout_of_group  # type: ignore[assignment]
     real_step = Engine.train_step
     Engine.train_step = ended_by(Job(config, stop=stop), real_step)  # type: ignore[arg-type, method-assign]
     try:
@@ -177,6 +178,7 @@ def test_the_checkpoint_and_the_metrics_tell_of_adapters(folder: Path) -> None:
     assert manifest.adapters is not None
     assert Path(manifest.adapters.base) == resolve(folder / "base")
     assert (manifest.adapters.rank, manifest.adapters.alpha, manifest.adapters.base_step) == (4, 8.0, 100)
+    assert damages(resolve(folder / "tuned"), 2) == []
     names = {key.partition("/")[2] for key in manifest.tensors}
     assert names == {spec.name for spec in adapter_specs(MODEL, configuration(folder, "tuned").lora)}
     start = json.loads((folder / "tuned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
