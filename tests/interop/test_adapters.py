@@ -66,7 +66,7 @@ def configuration(folder: Path, name: str, base: str = "base", **changes: Any) -
         checkpoint=CheckpointConfig(interval=SAVED, keep_last=0, asynchronous=False),
         evaluation=EvaluationConfig(interval=STEPS),
         logging=LoggingConfig(wandb=WandbMode.disabled, peak_tflops=0.1),
-        pairs=PairsConfig(packing=False),
+        pairs=PairsConfig(files=[str(folder / "pairs.jsonl")], packing=False),
         lora=LoraConfig(rank=4, alpha=8.0, targets=TARGETS),
     )  # fmt: skip
     for key, value in changes.items():
@@ -95,6 +95,8 @@ def run_instruct(config: InstructConfig, stop: int | None = None) -> str | None:
 def folder(tmp_path_factory: pytest.TempPathFactory, bpe: Tokenizer) -> Path:
     """A base, its export, and a run of adapters on it."""
     folder = tmp_path_factory.mktemp("adapters")
+    sums = [{"q": f"{first} + {second}", "a": str(first + second)} for first in range(8) for second in range(8)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, sums)), encoding="utf-8")
     write_run(folder / "base", bpe, MODEL)
     export(ExportConfig(run=str(folder / "base"), out=str(folder / "base-hf")))
     assert run_ranks(run_instruct, 1, configuration(folder, "tuned")) == [None]

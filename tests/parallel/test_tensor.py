@@ -52,7 +52,7 @@ def adapted(layers: Layers, layer: nn.Linear) -> dict[str, nn.Module]:
     """A frozen layer with an adapter."""
     layer.requires_grad_(False)
     layer.lora_A, layer.lora_B = layers.adapters(layer, 2)
-    layer.lora_scale = 1.5  # type: ignore[assignment]
+    layer.lora_scale = 0.125  # type: ignore[assignment]
     return {"a": layer}
 
 
