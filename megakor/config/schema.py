@@ -253,10 +253,7 @@ class LoraConfig:
 
     rank: int = key(0, help="rows of A and columns of B; 0: no adapters, all parameters are trained")
     alpha: float = key(16.0, help="what an adapter counts is alpha / rank")
-    targets: list[LoraTarget] = key(
-        [LoraTarget.query_key_value],
-        help="linears of every block that get one: query_key_value, dense, dense_h_to_4h, dense_4h_to_h",
-    )
+    targets: list[LoraTarget] = key([LoraTarget.query_key_value], help="linears of every block that get one")
 
 
 @dataclass
