@@ -165,14 +165,14 @@ def test_a_run_is_peft_s(folder: Path, reference: tuple[Curve, Any]) -> None:
     """Losses and gradient norms of every step, and the weights at the end, merged as PEFT merges them."""
     found, (expected, model) = curve(folder / "tuned"), reference
     check_curves(found, expected)
-    assert found[-1][1] < found[0][1] - 0.2
     weights, start = read_weights(resolve(folder / "tuned")), read_weights(resolve(folder / "base"))
     merged = model.merge_and_unload().state_dict()
     for name, weight in weights.items():
         theirs = merged[name.replace("embed_out", "lm_head")] if name.startswith("embed_out") else merged[name]
         torch.testing.assert_close(weight[: len(theirs)], theirs, rtol=0, atol=2e-5)
-        moved = name.endswith(("query_key_value.weight", "dense_4h_to_h.weight"))
-        assert torch.equal(weight, start[name]) is not moved, name
+        targeted = name.endswith(("query_key_value.weight", "dense_4h_to_h.weight"))
+        moved = (weight - start[name]).abs().max()
+        assert moved > 0.01 if targeted else moved == 0, (name, moved)
 
 
 def test_the_checkpoint_and_the_metrics_tell_of_adapters(folder: Path) -> None:
