@@ -68,7 +68,7 @@ class Reporter:
             )
             log.info(
                 "%s: %s parameters, %s trained, steps %d to %d, %d ranks (%d stages × %d replicas), peak %.3g TFLOP/s",
-                config.name, f"{count:,}", "all" if engine.lora is None else f"{trained:,} in adapters",
+                config.name, f"{count:,}", "all" if engine.lora is None else f"{trained:,} of adapters",
                 training.first_step, config.train.num_steps, dist.get_world_size(),
                 training.engine.dims.pipeline, training.engine.dims.data, peak_tflops,
             )  # fmt: skip
