@@ -64,6 +64,25 @@ class TensorEntry:
         return Shard(self.shard_dim, index, self.num_shards)
 
 
+@dataclass(frozen=True)
+class AdapterEntry:
+    """Of which model a checkpoint's tensors are the adapters, and how they count.
+
+    Attributes:
+        rank, alpha, targets: of `LoraConfig`.
+        base: the base's checkpoint folder, as the run was told.
+        base_step: its step.
+        base_sha256: of its manifest, which has the SHA-256 of all its files.
+    """
+
+    rank: int
+    alpha: float
+    targets: list[str]
+    base: str
+    base_step: int
+    base_sha256: str
+
+
 @dataclass
 class CheckpointManifest:
     """What a checkpoint holds and what it belongs to.
@@ -78,6 +97,7 @@ class CheckpointManifest:
         train: the resolved configuration of the run.
         kept: whether it stays until `checkpoint.keep_last` newer ones are there; if not, until the next one is.
         validation: loss of each held-out set at this step, where it was evaluated.
+        adapters: the tensors are adapters of another checkpoint's model; None: they are the whole model.
         files: by name.
         tensors: by `state/name`.
     """
@@ -91,6 +111,7 @@ class CheckpointManifest:
     train: dict[str, Any]
     kept: bool = True
     validation: dict[str, float] = field(default_factory=dict)
+    adapters: AdapterEntry | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     version: int = VERSION
@@ -127,6 +148,8 @@ class CheckpointManifest:
             }
             raw["tensors"] = {name: tensor_entry(entry) for name, entry in raw["tensors"].items()}
             typed(raw["step"], int)
+            if raw.get("adapters") is not None:
+                raw["adapters"] = AdapterEntry(**raw["adapters"])
             manifest = cls(**raw)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, WrongShape) as error:
             raise ValueError(f"{path}: damaged ({error}); it must be a checkpoint's manifest") from None

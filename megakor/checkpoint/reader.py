@@ -9,17 +9,14 @@ from pathlib import Path
 import torch
 
 from megakor.checkpoint.format import MANIFEST, WEIGHT, CheckpointManifest, TensorEntry, committed, load_whole
-from megakor.checkpoint.tensors import OpenFiles, allow_open_files
+from megakor.checkpoint.merged import MergedValues, Weights, base_of
+from megakor.checkpoint.tensors import CHUNK, OpenFiles, allow_open_files
 from megakor.config.schema import ModelConfig
 from megakor.logs import get_logger
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.specs import EMBEDDING, HEAD, WHOLE, Shard, parameter_specs
 
 log = get_logger(__name__)
-
-CHUNK = 1 << 20
-"""Elements that are read at a time: where they do not go to their place at once, 4 MiB of host memory, and as much
-again where shards are cut otherwise. The second copy then finds them in the processor's cache."""
 
 VOCABULARY = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 """Parameters with a row for each token."""
@@ -199,21 +196,43 @@ def model_config(manifest: CheckpointManifest) -> ModelConfig:
     return ModelConfig(**manifest.model)
 
 
+def open_weights(checkpoint: Path) -> Weights:
+    """The weights of a checkpoint, without its optimizer: its own, or its base's with its adapters merged.
+
+    Raises:
+        ValueError: its files, or those of its base, are not all there.
+    """
+    values = CheckpointValues(checkpoint, with_optimizer=False)
+    entry = values.manifest.adapters
+    return values if entry is None else MergedValues(open_weights(base_of(checkpoint, entry)), values)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Compare the SHA-256 of every file of a checkpoint, and of its base's. ValueError where one differs."""
+    manifest = CheckpointManifest.load(checkpoint)
+    manifest.check_contents(checkpoint)
+    if manifest.adapters is not None:
+        check_whole(base_of(checkpoint, manifest.adapters))
+
+
 def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter, whole, fp32, by canonical name."""
-    with CheckpointValues(checkpoint) as values:
-        specs = parameter_specs(model_config(values.manifest))
-        return {spec.name: values.weight(spec.name, 0, math.prod(spec.shape)).view(spec.shape) for spec in specs}
+    """Every parameter, whole, fp32, by canonical name; adapters are merged."""
+    found = {}
+    with open_weights(checkpoint) as values:
+        for spec in parameter_specs(model_config(values.manifest)):
+            found[spec.name] = torch.empty(spec.shape, dtype=torch.float32)
+            values.fill(found[spec.name].view(-1), WEIGHT, spec.name, 0)
+    return found
 
 
 def load_model(
     checkpoint: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[GPTNeoXForCausalLM, CheckpointManifest]:
-    """The whole model of a checkpoint, in evaluation mode, and the checkpoint's manifest.
+    """The whole model of a checkpoint, adapters merged, in evaluation mode, and the checkpoint's manifest.
 
     It is loaded into host memory, and goes to `device` if one is given.
     """
-    with CheckpointValues(checkpoint) as values, torch.no_grad():
+    with open_weights(checkpoint) as values, torch.no_grad():
         model = GPTNeoXForCausalLM(model_config(values.manifest))
         for name, parameter in model.named_parameters():
             values.fill(parameter.view(-1), WEIGHT, name, 0)

@@ -23,6 +23,9 @@ from megakor.checkpoint.format import FileEntry
 from megakor.files import sync
 
 BLOCK = 16 << 20
+CHUNK = 1 << 20
+"""Elements that are read at a time: where they do not go to their place at once, 4 MiB of host memory, and as much
+again where shards are cut otherwise. The second copy then finds them in the processor's cache."""
 ALIGNMENT = 8
 MOST_BEHIND = 64
 """Blocks that digesting may lag behind: on an accelerator's host they are copies, 1 GiB at most."""

@@ -45,7 +45,8 @@ def export_universal(config: ExportUniversalConfig) -> None:
     """Write a checkpoint of AdamW in DeepSpeed's universal format. One process; host memory: a tensor and 64 MiB.
 
     Raises:
-        ValueError: the checkpoint is not whole, its optimizer is not AdamW, or `out` holds something.
+        ValueError: the checkpoint is not whole, holds adapters alone, its optimizer is not AdamW, or `out` holds
+            something.
         OSError: the folder cannot be written; nothing is left of it.
     """
     checkpoint = resolve(config.run)
@@ -56,6 +57,9 @@ def export_universal(config: ExportUniversalConfig) -> None:
     if name != OptimizerName.adamw.value:
         rule = f"must be {OptimizerName.adamw.value}: DeepSpeed's universal format has no place for its moments"
         raise ValueError(f"{checkpoint}: optimizer.name={name} {rule}")
+    if manifest.adapters is not None:
+        rule = "must be a run that trained all parameters; megakor export writes adapters merged into their base"
+        raise ValueError(f"run={config.run} {rule}")
     check_space(out, BYTES_A_PARAMETER * num_parameters(model_config(manifest)))
     manifest.check_contents(checkpoint)
     aside = out.with_name(f".{out.name}.partial")

@@ -308,6 +308,7 @@ def check_pairs(pairs: PairsConfig) -> None:
 
 def check_instruct(config: InstructConfig) -> None:
     check_engine(config)
+    check_lora(config.lora)
     rule = "be {}: a pair stays whole"
     require(not config.train.sequence_lengths, "train.sequence_lengths", config.train.sequence_lengths, rule)
     check_pairs(config.pairs)

@@ -20,6 +20,8 @@ def type_name(kind: Any) -> str:
     """A type as a user would write it; enumerations show their values."""
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return "|".join(member.name for member in kind)
+    if typing.get_origin(kind) is list:
+        return f"list[{type_name(*typing.get_args(kind))}]"
     return str(getattr(kind, "__name__", kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
@@ -36,7 +38,7 @@ def add_rows(table: Table, schema: type, config: DictConfig, prefix: str = "") -
             value = "(required)"
         else:
             found = config[field.name]
-            plain = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+            plain = OmegaConf.to_container(found, enum_to_str=True) if OmegaConf.is_config(found) else found
             value = "null" if plain is None else plain.name if isinstance(plain, enum.Enum) else str(plain)
         cells = (dotted, type_name(kind), value, field.metadata["unit"], field.metadata["help"])
         table.add_row(*map(Text, cells))  # plain text: brackets are not markup

@@ -295,6 +295,7 @@ class InstructConfig(EngineConfig):
     base: str = key(help="run folder or checkpoint folder to start from")
     pairs: PairsConfig = section(PairsConfig, help="instruction data")
     tokenizer: str = key(help="folder of the tokenizer that the base was trained with")
+    lora: LoraConfig = section(LoraConfig, help="low-rank adapters, trained instead of the base's weights")
 
 
 # ------------------------------------------------------------------------------------------- a run on its machines

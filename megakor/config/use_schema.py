@@ -16,6 +16,7 @@ class ExportConfig:
     out: str = key(help="folder to write")
     precision: Precision = key(Precision.fp32, help="type of the exported weights")
     trim_vocabulary: bool = key(True, help="drop the embedding rows past the true vocabulary")
+    adapters: bool = key(False, help="write the adapters of a LoRA run alone, for PEFT, not merged into their base")
 
 
 @dataclass

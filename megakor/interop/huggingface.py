@@ -9,28 +9,23 @@ source and renamed, so a folder at `out` is whole and checked, or absent.
 from __future__ import annotations
 
 import errno
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
 
 from megakor.checkpoint.format import CheckpointManifest
-from megakor.checkpoint.reader import model_config, read_weights, resolve, run_of
+from megakor.checkpoint.reader import check_whole, model_config, read_weights, resolve, run_of
 from megakor.config.schema import ExportConfig, ModelConfig, Precision
-from megakor.files import share
+from megakor.interop.folder import check_out, mark, write_json, written_aside
 from megakor.interop.model_card import write_model_card
 from megakor.interop.self_check import self_check
 from megakor.interop.tokenizer_files import eod_id, read_tokenizer_model, write_tokenizer_files
 from megakor.logs import get_logger
 from megakor.model.specs import EMBEDDING, HEAD, parameter_specs
 
-MARKER = "megakor_export.json"
-MARKER_FORMAT = "megakor-export-1"
 MAX_SHARD_SIZE = "5GB"
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
@@ -50,29 +45,24 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     checkpoint = resolve(config.run)
     manifest = CheckpointManifest.load(checkpoint)
-    manifest.check_contents(checkpoint)
+    check_whole(checkpoint)
     model = model_config(manifest)
     assert model.vocab_size is not None, "a checkpoint's vocabulary is resolved"
     tokenizer_folder = run_of(checkpoint) / "tokenizer"
     proto = read_tokenizer_model(tokenizer_folder, manifest)
     out = Path(config.out).absolute()
-    _check_out(out)
+    check_out(out)
     vocab_size = manifest.num_tokens if config.trim_vocabulary else model.vocab_size
     _check_space(out, model, config.precision)
-
-    aside = out.with_name(f".{out.name}.partial")
-    if aside.exists():
-        shutil.rmtree(aside)  # left by an export that was killed
-    try:
-        aside.mkdir(parents=True)
+    with written_aside(out) as aside:
         logger.info("export: %s -> %s", checkpoint, out)
         weights = _export_weights(read_weights(checkpoint), model, vocab_size, config.precision)
         num_parameters = sum(tensor.numel() for tensor in weights.values())
         save_torch_state_dict(weights, aside, max_shard_size=MAX_SHARD_SIZE)
         del weights
         eod = eod_id(proto)
-        _write_json(aside / "config.json", model_json(model, vocab_size, eod, config.precision))
-        _write_json(aside / "generation_config.json", generation_json(eod, manifest.num_tokens, vocab_size))
+        write_json(aside / "config.json", model_json(model, vocab_size, eod, config.precision))
+        write_json(aside / "generation_config.json", generation_json(eod, manifest.num_tokens, vocab_size))
         write_tokenizer_files(proto, tokenizer_folder, aside, model.max_position_embeddings)
         figures: dict[str, Any] = {
             "out": str(out),
@@ -82,21 +72,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
             "precision": config.precision.value,
             **self_check(aside, checkpoint),
         }
-        for path in aside.glob("*.safetensors"):  # written for the owner alone
-            share(path)
         write_model_card(aside, run_of(checkpoint), manifest, figures)
-        files = sorted(path.name for path in aside.iterdir())
-        figures["num_bytes"] = sum((aside / name).stat().st_size for name in files)
-        _write_json(aside / MARKER, {"format": MARKER_FORMAT, **figures, "files": [*files, MARKER]})
-        _put_in_place(aside, out)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(
-                errno.ENOSPC, f"out={config.out}: no space left on the device; nothing was exported"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        mark(aside, figures)
     logger.info(
         "export: %s parameters, largest difference of a logit %.2g, greedy continuation equal",
         f"{num_parameters:,}",
@@ -169,28 +146,6 @@ def _export_weights(
     return exported
 
 
-def _check_out(out: Path) -> None:
-    """Only a new folder, an empty one, or an earlier export with nothing else in it may be written."""
-    if not out.exists():
-        return
-    rule = "must be a new folder or an earlier export of megakor"
-    if not out.is_dir():
-        raise ValueError(f"out={out} {rule}, and is a file")
-    names = {path.name for path in out.iterdir()}
-    if not names:
-        return
-    marker = out / MARKER
-    if not marker.is_file():
-        raise ValueError(f"out={out} {rule}, and holds no {MARKER}")
-    try:
-        record = json.loads(marker.read_text(encoding="utf-8"))
-        written = set(record["files"]) if record["format"] == MARKER_FORMAT else set()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"out={out} {rule}, and its {MARKER} cannot be read") from error
-    if names - written:
-        raise ValueError(f"out={out} {rule}, and holds {sorted(names - written)[0]}, which no export wrote")
-
-
 def _check_space(out: Path, model: ModelConfig, precision: Precision) -> None:
     parent = out.parent
     while not parent.exists():
@@ -200,17 +155,3 @@ def _check_space(out: Path, model: ModelConfig, precision: Precision) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"out={out}: the weights need {needed:,} bytes, and {free:,} are free")
-
-
-def _put_in_place(aside: Path, out: Path) -> None:
-    """Rename; an earlier export is moved away first and removed last."""
-    earlier = out.with_name(f".{out.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if out.exists():
-        os.rename(out, earlier)
-    os.rename(aside, out)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

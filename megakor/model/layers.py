@@ -1,7 +1,7 @@
 """The layers that a model is made of, and the factory through which the model asks for them.
 
 The factory decides what a rank holds of each layer: `WholeLayers` makes whole ones for one rank,
-`megakor.parallel.tensor.ShardedLayers` a tensor rank's shards. The model itself does not know.
+`megakor.parallel.layers.ShardedLayers` a tensor rank's shards. The model itself does not know.
 
 Weights are allocated without values: a parameter's initial value depends on the seed and its canonical name alone
 (`megakor.model.specs`), so a layer that filled its own weights would only be overwritten.
@@ -22,18 +22,28 @@ Attend = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose values come from `initialize_parameters`.
+    """`nn.Linear` whose values come from `initialize_parameters`, and which may have an adapter (`megakor.model.lora`).
 
     Attributes:
         product: computes it; a layout that takes weights apart between passes sets its own.
+        lora_scale: what the adapter's output counts; None: there is no adapter.
     """
 
     product = staticmethod(functional.linear)
+    lora_scale: float | None = None
+    lora_A: nn.Linear
+    lora_B: nn.Linear
 
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.lora_scale is None:
+            return self.multiply(hidden_states)
+        return self.multiply(hidden_states) + self.lora_scale * self.lora_B(self.lora_A(hidden_states))
+
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The linear by itself."""
         return self.product(hidden_states, self.weight, self.bias)
 
 
@@ -76,6 +86,9 @@ class Layers(Protocol):
 
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear: ...
 
+    def adapters(self, layer: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
+        """Linears A and B whose product goes from where the layer's input is to where its output is."""
+
     def join(self, partial: torch.Tensor, *rows: nn.Linear) -> torch.Tensor:
         """The sum of the outputs of `rows`, biases included, from this rank's sum of their partial outputs."""
 
@@ -101,6 +114,9 @@ class WholeLayers:
 
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
         return Linear(in_features, out_features, bias=bias, dtype=self.dtype, device=self.device)
+
+    def adapters(self, layer: nn.Linear, rank: int) -> tuple[nn.Linear, nn.Linear]:
+        return self.column(layer.in_features, rank, bias=False), self.row(rank, layer.out_features, bias=False)
 
     def join(self, partial: torch.Tensor, *rows: nn.Linear) -> torch.Tensor:
         return partial  # whole row linears have added their biases

@@ -55,8 +55,9 @@ class ParameterSpec:
         name: canonical name.
         shape: shape of the whole tensor.
         shard_dim: the dimension that tensor parallelism splits; None where every tensor rank holds the whole.
-        std: standard deviation of the initial values; None for constants.
-        constant: initial value where `std` is None.
+        std: standard deviation of the initial values; None where they are not normal.
+        constant: initial value where `std` and `bound` are None.
+        bound: the initial values are uniform between -bound and bound.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ParameterSpec:
     shard_dim: int | None
     std: float | None = None
     constant: float = 0.0
+    bound: float | None = None
 
     @property
     def decays(self) -> bool:

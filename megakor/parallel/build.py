@@ -11,15 +11,16 @@ from functools import partial
 import torch
 from torch import nn
 
-from megakor.config.schema import EngineConfig, ModelConfig
+from megakor.config.schema import EngineConfig, LoraConfig, ModelConfig
 from megakor.model.documents import Attending, Documents, one_by_one
 from megakor.model.dropout import DropoutCounter
 from megakor.model.gpt_neox import GPTNeoXForCausalLM, Parts
+from megakor.model.lora import adapt, adapter_specs
 from megakor.model.specs import ParameterSpec, Shard, parameter_specs
 from megakor.parallel.groups import Groups
+from megakor.parallel.layers import ShardedLayers
 from megakor.parallel.loss import VocabularyShard, vocabulary_loss
 from megakor.parallel.pipeline import GPTNeoXPipeline
-from megakor.parallel.tensor import ShardedLayers
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Built:
     counter: DropoutCounter
     documents: Documents
     vocabulary: VocabularyShard
+
+    @property
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of `named` that are not frozen."""
+        return [(name, parameter) for name, parameter in self.named if parameter.requires_grad]
 
     def loss(self, logits: torch.Tensor, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The scaled sum of losses, from this rank's logits and (labels, loss_mask, scale)."""
@@ -102,6 +108,7 @@ def build(
     device: torch.device,
     loss_chunk: int,
     attending: Attending = one_by_one,
+    lora: LoraConfig | None = None,
 ) -> Built:
     """This rank's part of the model; every rank calls.
 
@@ -112,9 +119,10 @@ def build(
         device: where to allocate them.
         loss_chunk: logits that the loss works through at a time.
         attending: attention within documents.
+        lora: adapters to train in place of the parameters; None: all parameters are trained.
 
     Raises:
-        ValueError: the tensor ranks cannot split the vocabulary.
+        ValueError: the tensor ranks cannot split the vocabulary, or a pipeline stage would have nothing to train.
     """
     dims = groups.dims
     assert model.vocab_size is not None
@@ -129,11 +137,17 @@ def build(
         module = GPTNeoXPipeline(
             model, parts, dims, config.parallel.pipeline_partition, partial(loss, shard=vocabulary)
         )
+        if lora is not None:
+            module.check_blocks()
+            adapt(module, lora, parts.layers)
         named = list(module.canonical_parameters())
     else:
         module = GPTNeoXForCausalLM(model, parts)
+        if lora is not None:
+            adapt(module, lora, parts.layers)
         named = list(module.named_parameters())
-    specs, tensor = {spec.name: spec for spec in parameter_specs(model)}, groups.position("tensor")
+    every = [*parameter_specs(model), *(adapter_specs(model, lora) if lora is not None else ())]
+    specs, tensor = {spec.name: spec for spec in every}, groups.position("tensor")
     held = {}
     for name, parameter in named:
         shard = specs[name].shard(tensor, dims.tensor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class GPTNeoXPipeline(PipelineModule):
     ) -> None:
         layers = layer_specs(config, parts)
         self.prefixes, self.next_micro_batch = [prefix for prefix, _ in layers], parts.next_micro_batch
+        self.partition = partition
         super().__init__(
             layers=[spec for _, spec in layers],
             topology=pipeline_topology(dims),
@@ -92,6 +94,16 @@ class GPTNeoXPipeline(PipelineModule):
         """The stage's layers over one micro-batch."""
         self.next_micro_batch()
         return super().forward(forward_input)
+
+    def check_blocks(self) -> None:
+        """ValueError, on all ranks alike, where a stage has no block: adapters are in blocks, and each stage trains."""
+        blocks = [spec.typename is Block for spec in self._layer_specs]
+        for stage, (start, stop) in enumerate(pairwise(self.parts)):
+            if not any(blocks[start:stop]):
+                raise ValueError(
+                    f"parallel.pipeline_partition={self.partition} must give each stage a block, since adapters are in "
+                    f"blocks; stage {stage} has none; nearest: type:Block"
+                )
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The stage's parameters by canonical name."""

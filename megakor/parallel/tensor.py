@@ -19,20 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3
-from torch import nn
 from torch.nn import functional
 
-from megakor.model.layers import Attend, Embedding, Linear, Norm
-from megakor.parallel.context import exchange
-from megakor.parallel.groups import Groups
-
-AnyLayer = TypeVar("AnyLayer", Linear, Embedding)
-
+from megakor.model.layers import Embedding, Linear, Norm
 
 Waiting = Callable[[], torch.Tensor]
 """Ends a collective that was started, and returns its result."""
@@ -157,7 +151,8 @@ class _Column(torch.autograd.Function):
     """A linear layer from the residual stream on, whose backward pass computes while it communicates.
 
     The input is gathered beside the product for the input's gradient, and that is summed beside the product for the
-    weight's. Kept are this rank's part of the input, and the weight itself and no view of it (`gathered_linear`).
+    weight's. Kept are this rank's part of the input, and the weight itself and no view of it (`gathered_linear`). Where
+    the weight is frozen the input is neither kept nor gathered again.
     """
 
     @staticmethod
@@ -165,18 +160,18 @@ class _Column(torch.autograd.Function):
         ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, region: TensorRegion
     ) -> torch.Tensor:
         ctx.region = region
-        ctx.save_for_backward(states, weight)
+        ctx.save_for_backward(states if ctx.needs_input_grad[1] else None, weight)
         return functional.linear(region.start_entering(states)(), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
-        states, weight = ctx.saved_tensors
-        whole = ctx.region.start_entering(states)
-        of_states = ctx.region.start_leaving(gradient.matmul(weight))
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed, (states, weight) = ctx.needs_input_grad, ctx.saved_tensors
+        whole = ctx.region.start_entering(states) if needed[1] else None
+        of_states = ctx.region.start_leaving(gradient.matmul(weight)) if needed[0] else None
         rows = gradient.flatten(0, -2)
-        of_weight = rows.t().matmul(whole().flatten(0, -2))
-        of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return of_states(), of_weight, of_bias, None
+        of_weight = rows.t().matmul(whole().flatten(0, -2)) if whole is not None else None
+        of_bias = rows.sum(0) if needed[2] else None
+        return of_states() if of_states is not None else None, of_weight, of_bias, None
 
 
 class ColumnLinear(Linear):
@@ -184,15 +179,28 @@ class ColumnLinear(Linear):
 
     region: TensorRegion
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.region.column(hidden_states, self.weight, self.bias)
 
 
 class RowLinear(Linear):
     """A shard of the input features: [batch, seq, in / size] -> partial sums [batch, seq, out], without the bias."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.product(hidden_states, self.weight)
+
+
+class SharedLinear(Linear):
+    """A linear that every tensor rank holds whole and uses on a part of the tokens or features; without a bias.
+
+    Its gradients, sums over that part, are added up over the ranks.
+    """
+
+    region: TensorRegion
+
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        (weight,) = _SumGradients.apply(self.region.group, self.weight)
+        return self.product(hidden_states, weight)
 
 
 class VocabularyEmbedding(Embedding):
@@ -220,70 +228,3 @@ class ResidualNorm(Norm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, bias = self.region.residual_parameters(self.weight, self.bias)
         return functional.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
-
-
-@dataclass(frozen=True)
-class ShardedLayers:
-    """The factory of a rank's shards; serves every layout, `WholeLayers` those without tensor and context ranks.
-
-    Attributes:
-        gathered: whether weights are whole in the passes alone (ZeRO-3).
-    """
-
-    groups: Groups
-    dtype: torch.dtype
-    device: torch.device | None = None
-    gathered: bool = False
-
-    @property
-    def region(self) -> TensorRegion:
-        return TensorRegion(self.groups.tensor, self.groups.dims.sequence_parallel)
-
-    @property
-    def size(self) -> int:
-        return self.groups.dims.tensor
-
-    def embedding(self, num_rows: int, size: int) -> Embedding:
-        if self.size == 1:
-            return self.made(Embedding(num_rows, size, dtype=self.dtype, device=self.device))
-        layer = VocabularyEmbedding(num_rows // self.size, size, dtype=self.dtype, device=self.device)
-        layer.region, layer.first = self.region, self.groups.position("tensor") * (num_rows // self.size)
-        return self.made(layer)
-
-    def norm(self, size: int, eps: float) -> nn.LayerNorm:
-        layer = ResidualNorm(size, eps=eps, dtype=self.dtype, device=self.device)
-        layer.region = self.region
-        return layer
-
-    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-        options: dict[str, Any] = {"bias": bias, "dtype": self.dtype, "device": self.device}
-        if self.size == 1:
-            return self.made(Linear(in_features, out_features, **options))
-        layer = ColumnLinear(in_features, out_features // self.size, **options)
-        layer.region = self.region
-        return self.made(layer)
-
-    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
-        kind = Linear if self.size == 1 else RowLinear
-        return self.made(kind(in_features // self.size, out_features, bias=bias, dtype=self.dtype, device=self.device))
-
-    def made(self, layer: AnyLayer) -> AnyLayer:
-        """The layer, its product as the weights need it."""
-        if self.gathered:
-            layer.product = gathered_linear  # type: ignore[assignment]
-        return layer
-
-    def join(self, partial: torch.Tensor, *rows: nn.Linear) -> torch.Tensor:
-        if self.size == 1:
-            return partial
-        joined = self.region.leave(partial)
-        biases = [row.bias for row in rows if row.bias is not None]
-        for bias in self.region.residual_parameters(*biases) if biases else ():
-            joined = joined + bias
-        return joined
-
-    def attend(self, attend: Attend, fused: torch.Tensor) -> torch.Tensor:
-        if self.groups.dims.context == 1:
-            return attend(fused)
-        group = self.groups.context
-        return exchange(attend(exchange(fused, group, to_heads=True)), group, to_heads=False)

@@ -24,7 +24,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from megakor.checkpoint.format import WEIGHT
-from megakor.config.schema import EngineConfig, ModelConfig
+from megakor.config.schema import EngineConfig, LoraConfig, ModelConfig
 from megakor.data.stream import Batch
 from megakor.model.documents import Borders
 from megakor.model.gpt_neox import Block
@@ -86,6 +86,7 @@ class Engine:
         num_tokens: the true vocabulary.
         dims: the layout.
         values: where weights and optimizer state come from.
+        lora: adapters to train in place of the parameters; None: all parameters are trained.
     """
 
     built: Built
@@ -98,9 +99,15 @@ class Engine:
     """What this rank owns of the fp32 masters and the optimizer state."""
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, num_tokens: int, dims: ParallelDims, values: Values
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        num_tokens: int,
+        dims: ParallelDims,
+        values: Values,
+        lora: LoraConfig | None = None,
     ) -> None:
-        self.dims, self.model, self.num_tokens = dims, model, num_tokens
+        self.dims, self.model, self.num_tokens, self.lora = dims, model, num_tokens, lora
         self.groups = Groups.create(dims)
         self.data_rank = self.groups.position("data")
         self.num_micro_batches = dims.num_micro_batches(config.train)
@@ -119,7 +126,7 @@ class Engine:
             precision = config.train.precision
             self.built = build(
                 config, self.model, self.num_tokens, self.groups, DTYPES[precision], device(), loss_chunk(),
-                attending(precision),
+                attending(precision), self.lora,
             )  # fmt: skip
         self._fill(values)
         if config.train.compile:
@@ -130,7 +137,7 @@ class Engine:
     def _initialize(self, config: EngineConfig) -> None:
         """Make the optimizer, and hand it and the model to DeepSpeed."""
         specs = {name: held.spec for name, held in self.built.held.items()}
-        self.optimizer = build_optimizer(config.optimizer, self.built.named, specs)
+        self.optimizer = build_optimizer(config.optimizer, self.built.trained, specs)
         with without_compiler():
             self.engine, *_ = deepspeed.initialize(
                 model=self.built.module,
@@ -148,7 +155,7 @@ class Engine:
         if self.pipelined and isinstance(self.engine.optimizer, DeepSpeedZeroOptimizer):
             self.engine.optimizer.scaled_global_norm = partial(norm_of_all_groups, self.engine.optimizer)
         if self.groups.position("tensor"):
-            see_all_gradients(self.engine.optimizer, [parameter for _, parameter in self.built.named])
+            see_all_gradients(self.engine.optimizer, [parameter for _, parameter in self.built.trained])
         self.group_settings = self._settings()
 
     def _settings(self) -> list[dict[str, int | float]]:
@@ -159,7 +166,7 @@ class Engine:
 
     def _own(self, config: EngineConfig, values: Values) -> None:
         """Find what this rank owns of the fp32 masters and the optimizer state, and give it its values."""
-        named, zero = self.built.named, self.engine.optimizer
+        named, zero = self.built.trained, self.engine.optimizer
         tensors = flats(zero, self.optimizer, named)
         owned = fragments(named, tensors, zero)
         sharing = Sharing(

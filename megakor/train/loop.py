@@ -281,6 +281,7 @@ class Loop:
             train=plain(self.config),
             kept=kept,
             validation=validation,
+            adapters=self.training.adapters,
         )
         self.goes_up = kept or last
         self.settled(self.saver.start(manifest))

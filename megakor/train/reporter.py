@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from megakor.config.resolved import plain
-from megakor.config.schema import ModelConfig
 from megakor.logs import Progress, get_logger, progress
 from megakor.model.flops import train_flops_per_token
+from megakor.model.lora import num_adapter_parameters
 from megakor.model.specs import num_parameters
 from megakor.train.engine import StepResult
 from megakor.train.metrics import Metrics, Throughput, next_attempt
@@ -50,23 +50,26 @@ class Reporter:
 
     def __init__(self, training: Training, peak_tflops: float) -> None:
         self.training, self.peak_tflops, config = training, peak_tflops, training.config
-        self.flops_per_token = train_flops_per_token(training.engine.model, config.train.sequence_length)
+        engine = training.engine
+        self.flops_per_token = train_flops_per_token(engine.model, config.train.sequence_length, engine.lora)
         self.metrics: Metrics | None = None
         if dist.get_rank() == 0:
             attempt = next_attempt(training.run)
             self.metrics = Metrics(training.run, config.name, config.logging, plain(config), attempt)
-            model: ModelConfig = training.engine.model
-            count = num_parameters(model)
+            count = num_parameters(engine.model)
+            trained = count if engine.lora is None else num_adapter_parameters(engine.model, engine.lora)
             self.metrics.write(
                 "start",
                 training.first_step,
                 world_size=dist.get_world_size(),
                 peak_tflops=peak_tflops,
                 num_parameters=count,
+                num_trained_parameters=trained,
             )
             log.info(
-                "%s: %s parameters, steps %d to %d, %d ranks (%d stages × %d replicas), peak %.3g TFLOP/s",
-                config.name, f"{count:,}", training.first_step, config.train.num_steps, dist.get_world_size(),
+                "%s: %s parameters, %s trained, steps %d to %d, %d ranks (%d stages × %d replicas), peak %.3g TFLOP/s",
+                config.name, f"{count:,}", "all" if engine.lora is None else f"{trained:,} of adapters",
+                training.first_step, config.train.num_steps, dist.get_world_size(),
                 training.engine.dims.pipeline, training.engine.dims.data, peak_tflops,
             )  # fmt: skip
             engine, size = training.engine, config.train.global_batch_size

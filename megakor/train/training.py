@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megakor.checkpoint.format import AdapterEntry
 from megakor.config.schema import EngineConfig
 from megakor.data.plan import Plan
 from megakor.data.stream import Batch
@@ -44,6 +45,7 @@ class Training:
         heldout: named held-out sets.
         tokenizer_fingerprint: of the tokenizer that the data was made with.
         first_step: optimizer steps that are done already.
+        adapters: what is told of adapters in checkpoints; None: all parameters are trained.
     """
 
     config: EngineConfig
@@ -53,3 +55,4 @@ class Training:
     heldout: Sequence[Heldout]
     tokenizer_fingerprint: str
     first_step: int
+    adapters: AdapterEntry | None = None

@@ -250,6 +250,10 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ("instruct", ["pairs.validation_ratio=1"], "pairs.validation_ratio=1.0", "lie in [0, 1)"),
     ("instruct", ["pairs.validation_ratio=-0.1"], "pairs.validation_ratio=-0.1", "lie in [0, 1)"),
     ("instruct", ["pairs.max_pairs=0"], "pairs.max_pairs=0", "be above 0"),
+    ("instruct", ["lora.rank=-1"], "lora.rank=-1", "be at least 0"),
+    ("instruct", ["lora.alpha=0"], "lora.alpha=0.0", "be above 0"),
+    ("instruct", ["lora.targets=[]"], "lora.targets=[]", "name at least one linear"),
+    ("instruct", ["lora.targets=[dense,dense]"], "lora.targets=['dense', 'dense']", "linear, each once"),
     # corpus, tokenizer, shards
     ("corpus", ["heldout_ratio=0"], "heldout_ratio=0.0", "lie in (0, 1)"),
     ("corpus", ["heldout_ratio=1"], "heldout_ratio=1.0", "lie in (0, 1)"),

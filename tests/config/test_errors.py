@@ -210,6 +210,13 @@ def test_help_shows_what_lists_and_sections_hold(capsys: pytest.CaptureFixture[s
     assert "dict[str, str]" in capsys.readouterr().out
 
 
+def test_help_shows_what_a_list_may_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    main("instruct", lambda _: None, ["--help"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lora.targets"))
+    assert row.split()[1].startswith("list[query_key_value|dense")
+    assert "['query_key_value']" in row
+
+
 def test_help_shows_the_values_of_the_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     main("pretrain", lambda _: None, ["experiment=12_8b_256xa100", "train.num_steps=7", "--help"])
     shown = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines()) if words}

@@ -97,7 +97,7 @@ class Stop(Exception):
 
 
 @contextmanager
-def _layout(config: EngineConfig) -> Iterator[ParallelDims]:
+def layout_of_group(config: EngineConfig) -> Iterator[ParallelDims]:
     yield ParallelDims.from_config(config.parallel, dist.get_world_size())
 
 
@@ -151,7 +151,7 @@ def run_job(job: Job) -> tuple[str | None, list[str]]:
             os.kill(os.getpid(), signal.SIGKILL)
         real_commit(aside, folder, *rest)
 
-    pretrain.process_group = _layout
+    pretrain.process_group = layout_of_group
     Engine.train_step, saving.commit = ended_by(job, real_step), commit  # type: ignore[assignment, method-assign]
     try:
         config = copy.deepcopy(job.config)

@@ -14,7 +14,7 @@ from megakor.model.specs import parameter_specs
 from megakor.parallel.context import exchange, own_part
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
-from megakor.parallel.tensor import ShardedLayers
+from megakor.parallel.layers import ShardedLayers
 from tests.model.configs import small
 from tests.parallel.shards import Piece, Tensors, value
 from tests.ranks import run_ranks

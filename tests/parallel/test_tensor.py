@@ -17,7 +17,7 @@ from megakor.model.layers import Layers, WholeLayers
 from megakor.model.specs import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
-from megakor.parallel.tensor import ShardedLayers
+from megakor.parallel.layers import ShardedLayers
 from tests.model.configs import small
 from tests.parallel.shards import Piece, Tensors, value
 from tests.ranks import run_ranks
@@ -46,6 +46,14 @@ class Program:
 
 def join_two(layers: Layers, made: Any, states: torch.Tensor) -> torch.Tensor:
     return layers.join(made["a"](states) + made["b"](2 * states), made["a"], made["b"])
+
+
+def adapted(layers: Layers, layer: nn.Linear) -> dict[str, nn.Module]:
+    """A frozen layer with an adapter."""
+    layer.requires_grad_(False)
+    layer.lora_A, layer.lora_B = layers.adapters(layer, 2)
+    layer.lora_scale = 0.125  # type: ignore[assignment]
+    return {"a": layer}
 
 
 PROGRAMS = {
@@ -77,6 +85,16 @@ PROGRAMS = {
         lambda layers: {"a": layers.norm(HIDDEN, 1e-5)},
         lambda layers, made, states: made["a"](states),
         "residual", "residual", {},
+    ),
+    "column with an adapter": Program(
+        lambda layers: adapted(layers, layers.column(HIDDEN, INNER, bias=True)),
+        lambda layers, made, states: made["a"](states),
+        "residual", "columns", {"a.weight": 0, "a.bias": 0, "a.lora_B.weight": 0},
+    ),
+    "row with an adapter": Program(
+        lambda layers: adapted(layers, layers.row(INNER, HIDDEN, bias=True)),
+        lambda layers, made, states: layers.join(made["a"](states), made["a"]),
+        "columns", "residual", {"a.weight": 1, "a.lora_A.weight": 1},
     ),
     "column, row, norm": Program(
         lambda layers: {
@@ -114,7 +132,7 @@ def run_program(name: str, layers: Layers, piece: Piece) -> Tensors:
     features = ROWS if name == "tied head" else HIDDEN if program.leaves == "residual" else INNER
     direction = piece.of(value(f"{name}, direction", BATCH, SEQ, features), program.leaves)
     (output * direction).sum().backward()
-    gradients = {key: parameter.grad for key, parameter in made.named_parameters()}
+    gradients = {key: parameter.grad for key, parameter in made.named_parameters() if parameter.requires_grad}
     if states.is_floating_point():
         gradients["input"] = states.grad
     return {"output": output.detach(), **gradients}  # type: ignore[dict-item]
