@@ -134,12 +134,13 @@ class Host:
             raise
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
-    def start(self, *command: str, **options: Any) -> subprocess.Popen[str]:
+    def start(self, *command: str, cwd: Path = ROOT, **options: Any) -> subprocess.Popen[str]:
         """Start a command here, with the environment of someone who works in this checkout; it leads a session."""
+        there = self.command("env", f"--chdir={cwd}", *command)
+        full = environment() | options.pop("env", {})
         return subprocess.Popen(
-            self.command(*command), text=True, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=environment() | options.pop("env", {}), **options,
-        )  # fmt: skip
+            there, env=full, text=True, stdin=subprocess.DEVNULL, start_new_session=True, **options
+        )
 
     def processes(self) -> list[psutil.Process]:
         """All of this host."""
