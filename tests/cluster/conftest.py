@@ -15,9 +15,10 @@ from tests.distributed.conftest import make
 from tests.distributed.runs import Made
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _permitted() -> None:
-    if why := missing():
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, before anything is made for it, a test whose hosts or programs this machine cannot have."""
+    assert isinstance(item, pytest.Function)
+    if why := missing(*getattr(item.module, "PROGRAMS", ())):
         pytest.skip(why)
 
 

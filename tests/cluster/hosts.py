@@ -14,6 +14,7 @@ as /etc/hosts, one of the cluster's folder lies over it, for that host alone.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -33,6 +34,16 @@ INTERFACE = "eth0"
 """Of every host: ranks that talk over it need no other setting on any of them."""
 
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
+
+PROGRAMS = ("ip", "setpriv", "unshare", "nsenter", "mount", "hostname", "ssh", "ssh-keygen", "/usr/sbin/sshd")
+PROBE = """
+set -e
+ip link add name bridge type bridge
+ip link add name one type veth peer name other
+mount -t tmpfs tmpfs /run
+setpriv --reuid sshd --clear-groups true
+"""
+"""What hosts are made of, and what sshd does."""
 
 BOOT = """
 set -e
@@ -69,20 +80,17 @@ Host *
 """
 
 
-def missing() -> str | None:
-    """Why there can be no hosts on this machine; None when there can."""
-    if sys.platform != "linux":
-        return "hosts are made of Linux namespaces"
-    if os.geteuid() != 0:
-        return "hosts are made of namespaces, which need root"
-    tools = ("ip", "setpriv", "unshare", "nsenter", "mount", "hostname", "ssh", "ssh-keygen", "/usr/sbin/sshd")
-    for tool in tools:
-        if shutil.which(tool) is None:
-            return f"{tool} is not installed"
-    tried = "ip link add name a type bridge && ip link add name b type veth peer name c && mount -t tmpfs tmpfs /run"
-    done = subprocess.run(["unshare", *NAMESPACES, "--fork", "--mount-proc", "sh", "-c", tried],
-                          capture_output=True, text=True)  # fmt: skip
-    return None if done.returncode == 0 else f"this machine permits no namespaces: {done.stderr.strip()}"
+@functools.cache
+def missing(*programs: str) -> str | None:
+    """Why there can be no hosts with these programs on this machine; None when there can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "hosts are made of Linux namespaces, which needs root"
+    for program in (*PROGRAMS, *programs):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "--mount-proc", "sh", "-c", PROBE],
+                           capture_output=True, text=True)  # fmt: skip
+    return None if tried.returncode == 0 else f"this machine permits no hosts of namespaces: {tried.stderr.strip()}"
 
 
 def _first_of_namespaces(*command: str, log: IO[bytes]) -> tuple[subprocess.Popen[bytes], int]:
@@ -138,9 +146,7 @@ class Host:
         """Start a command here, with the environment of someone who works in this checkout; it leads a session."""
         there = self.command("env", f"--chdir={cwd}", *command)
         full = environment() | options.pop("env", {})
-        return subprocess.Popen(
-            there, env=full, text=True, stdin=subprocess.DEVNULL, start_new_session=True, **options
-        )
+        return subprocess.Popen(there, env=full, text=True, stdin=subprocess.DEVNULL, start_new_session=True, **options)
 
     def processes(self) -> list[psutil.Process]:
         """All of this host."""
