@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -215,11 +215,6 @@ class Cluster:
     def unplug(self, name: str) -> None:
         """Pull a host's network cable: nobody there is told."""
         self._at_bridge("set", name, "down")
-
-    def hostfile(self, path: Path, slots: int = 1, names: Sequence[str] = ()) -> Path:
-        """Write DeepSpeed's host file."""
-        path.write_text("".join(f"{name} slots={slots}\n" for name in names or self.addresses))
-        return path
 
     def _at_bridge(self, *arguments: str, check: bool = True) -> str:
         command = ["nsenter", "--target", str(self.bridge), "--net", "ip", "link", *arguments]
