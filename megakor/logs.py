@@ -23,7 +23,7 @@ PLAIN_INTERVAL = 5.0  # seconds between two plain lines of one progress
 
 def rank() -> int:
     """This process's rank, as its launcher has set it; 0 without a launcher."""
-    return int(os.environ.get("RANK") or 0)
+    return int(os.environ.get("RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
 
 
 class _Handler(logging.Handler):

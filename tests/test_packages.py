@@ -19,6 +19,7 @@ def test_every_package_is_installed() -> None:
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "megakor").rglob("__init__.py")}
     configs = (ROOT / "configs").rglob("*.yaml")
     found |= {".".join(("megakor", *path.parent.relative_to(ROOT).parts)) for path in configs}
+    found.add("megakor.launch.templates")  # the top-level launch/
     assert set(options()["options"]["packages"].split()) == found
 
 
@@ -40,6 +41,8 @@ def test_every_file_beside_the_code_is_installed() -> None:
         )
     )
     trees = [ROOT / "megakor", ROOT / "configs"]
+    # launch/ has also what belongs to the checkout alone: the container's recipe, an example, a page
+    assert set((ROOT / "launch").glob("*.jinja")) <= installed
     there = {path for tree in trees for path in tree.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     missing = {str(path.relative_to(ROOT)) for path in there - installed if path.suffix not in (".py", ".pyc")}
     assert not missing

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from megakor.config.cluster_checks import check_cluster
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
     CheckpointListConfig,
@@ -21,6 +22,8 @@ from megakor.config.schema import (
     EvaluateConfig,
     GenerateConfig,
     InstructConfig,
+    LaunchInstructConfig,
+    LaunchPretrainConfig,
     ModelConfig,
     OnSpike,
     OptimizerName,
@@ -154,6 +157,7 @@ def check_engine(config: EngineConfig) -> None:
     for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
         share(f"schedule.{name}", getattr(schedule, name))
     check_survival(config)
+    check_cluster(config)
     positive("evaluation.interval", config.evaluation.interval, allow_zero=True)
     positive("logging.interval", config.logging.interval)
     positive("logging.peak_tflops", config.logging.peak_tflops)
@@ -299,6 +303,8 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     PretrainConfig: check_pretrain,
     SimulateConfig: check_simulate,
     InstructConfig: check_instruct,
+    LaunchPretrainConfig: check_pretrain,
+    LaunchInstructConfig: check_instruct,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
     TraceConfig: check_trace,

@@ -15,6 +15,7 @@ class SlurmConfig:
     partition: str | None = key(None, help="partition")
     account: str | None = key(None, help="account that is charged")
     time_limit: str | None = key(None, help="as sbatch takes it, such as 2-00:00:00")
+    accelerator: str = key("gpu", help="generic resource of which a node gives each rank one; empty: none, for CPUs")
     notice_seconds: int = key(300, help="a run is asked to save so long before its time is up", unit="s")
     node_launcher: NodeLauncher = key(NodeLauncher.torchrun, help="what the task of a node starts: torchrun, deepspeed")
     options: list[str] = key([], help="further options of sbatch, such as --exclusive")
@@ -43,7 +44,9 @@ class ClusterConfig:
     gpus: str | None = key(
         None, help="number x kind for plan, such as 256xa100-80g; null: what the layout needs, of a100-80g"
     )
-    num_nodes: int | None = key(None, help="machines; null: those of the host file, or one", unit="nodes")
+    num_nodes: int | None = key(
+        None, help="machines; null: those of the host file, or as many as the layout's sizes fill, or one", unit="nodes"
+    )
     ranks_per_node: int | None = key(
         None, help="processes of a node; null: one for each slot or accelerator; in a plan 8", unit="ranks"
     )
@@ -52,7 +55,7 @@ class ClusterConfig:
     exclude: str = key("", help="hosts and slots of the host file to leave out")
     ssh: bool = key(True, help="reach the other nodes; false: start this node's ranks alone, on every node by hand")
     node_rank: int | None = key(None, help="with ssh=false: number of this node", unit="node")
-    master_address: str | None = key(None, help="address of the first node; null: the first host")
+    master_address: str | None = key(None, help="of the first node, as all nodes reach it; null: the first host")
     master_port: int = key(29500, help="port on it where ranks meet")
     interface: str | None = key(None, help="network interface of every node that ranks talk over, such as ib0")
     environment: dict[str, str] = key({}, help="environment variables of every rank, such as NCCL's")

@@ -163,7 +163,10 @@ def check_experiment(argument: str, verb: Verb) -> None:
 
 
 def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
-    """Take our own flags and the launcher's `--local_rank` out of a command line and quote the overrides."""
+    """Take our own flags and the launcher's `--local_rank` out of a command line and quote the overrides.
+
+    A flag sets the verb's key of its name: `--dry-run` is `dry_run=true`.
+    """
     sorted_ = Arguments(hydra=list(QUIET_HYDRA))
     multirun = bool({"-m", "--multirun"} & set(arguments))
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -179,6 +182,8 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
             sorted_.debug = True
         elif argument in ("-h", "--help"):
             sorted_.help = True
+        elif argument.startswith("--") and field_type(verb.schema, flag.removeprefix("__")) is bool:
+            sorted_.hydra.append(f"{flag.removeprefix('__')}=true")
         elif argument.startswith("-"):
             flags.append(argument)
             if argument in HYDRA_OPTIONS_WITH_VALUE:

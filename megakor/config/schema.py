@@ -65,6 +65,8 @@ __all__ = [
     "JobKind",
     "KubernetesConfig",
     "LaunchConfig",
+    "LaunchInstructConfig",
+    "LaunchPretrainConfig",
     "LoggingConfig",
     "ModelConfig",
     "NodeLauncher",
@@ -251,3 +253,20 @@ class InstructConfig(EngineConfig):
     base: str = key(help="run folder or checkpoint folder to start from")
     pairs: PairsConfig = section(PairsConfig, help="instruction data")
     tokenizer: str = key(help="folder of the tokenizer that the base was trained with")
+
+
+# ------------------------------------------------------------------------------------------- a run on its machines
+
+
+@dataclass
+class LaunchPretrainConfig(PretrainConfig):
+    """Start a pretraining run on the machines of `cluster`."""
+
+    dry_run: bool = key(False, help="write what would run, print it, and start nothing; also --dry-run")
+
+
+@dataclass
+class LaunchInstructConfig(InstructConfig):
+    """Start an instruction-tuning run on the machines of `cluster`."""
+
+    dry_run: bool = key(False, help="write what would run, print it, and start nothing; also --dry-run")

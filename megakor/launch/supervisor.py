@@ -8,7 +8,6 @@ start ─► exit record, last step ─► finished, stopped: done
 from __future__ import annotations
 
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from megakor.config.schema import EngineConfig, LaunchConfig
+from megakor.launch.command import Command
 from megakor.launch.layout import largest_world_size
 from megakor.logs import get_logger
 from megakor.train.exit_record import ExitRecord, read_exit, remove_exit
@@ -48,6 +48,21 @@ class Failure:
     step: int | None
     reason: str
 
+    @property
+    def where(self) -> str:
+        """How far it had come, in words."""
+        return "before its first step" if self.step is None else f"after step {self.step}"
+
+
+def given_up(failures: Sequence[Failure], restarts: int) -> str | None:
+    """Why a run that has failed so often is not started again; None when it is."""
+    *earlier, last = failures
+    if earlier and earlier[-1].step == last.step:
+        return f"failed {last.where} twice, so that no start helps: {last.reason}"
+    if len(failures) > restarts:
+        return f"failed {last.where} and launch.restarts={restarts} are used up: {last.reason}"
+    return None
+
 
 def last_step(run: Path) -> int | None:
     """The last step on record, of any start."""
@@ -57,6 +72,24 @@ def last_step(run: Path) -> int | None:
 def num_starts(run: Path) -> int:
     """How often a run has got as far as its first step's beginning."""
     return sum(record["kind"] == "start" for record in read_metrics(run))
+
+
+def how_it_ended(run: Path, status: int, starts: int, world_size: int) -> tuple[ExitRecord | None, Failure | None]:
+    """The exit record of a start that finished or was stopped, or how it failed.
+
+    Args:
+        status: exit status of the launcher.
+        starts: `num_starts` before.
+        world_size: ranks.
+    """
+    record = read_exit(run)
+    if record is not None and record.outcome in ("finished", "stopped"):
+        return record, None
+    if status == 0 and record is None:  # there was nothing left to do
+        return ExitRecord("finished", "there was nothing left to do", last_step(run) or 0, None, world_size), None
+    began = num_starts(run) > starts
+    reason = record.reason if record is not None else f"it was killed, or never began (exit status {status})"
+    return None, Failure(last_step(run) if began else None, reason)
 
 
 class Supervisor:
@@ -72,7 +105,7 @@ class Supervisor:
     def __init__(
         self,
         config: EngineConfig,
-        command: Callable[[int], Sequence[str]],
+        command: Callable[[int], Command],
         slots: Callable[[], int],
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -87,52 +120,42 @@ class Supervisor:
         Raises:
             GivenUp: it failed more than `launch.restarts` times, twice at the same step, or there is no room for it.
         """
-        before: Failure | None = None
-        for attempt in range(self.settings.restarts + 1):
+        failures: list[Failure] = []
+        while True:
             record, failure = self._once()
             if record is not None:
                 return record
             assert failure is not None
-            where = "before its first step" if failure.step is None else f"after step {failure.step}"
-            log.error("start %d of run=%s failed %s: %s", attempt + 1, self.run, where, failure.reason)
+            failures.append(failure)
+            log.error("start %d of run=%s failed %s: %s", len(failures), self.run, failure.where, failure.reason)
             if self.stopping:
-                raise GivenUp(f"run={self.run}: failed {where} while it was being stopped: {failure.reason}")
-            if before is not None and before.step == failure.step:
-                raise GivenUp(f"run={self.run}: failed {where} twice, so that no start helps: {failure.reason}")
-            before = failure
-            if attempt < self.settings.restarts:
-                seconds = min(LONGEST_PAUSE, self.settings.pause_seconds * 2**attempt) * random.uniform(0.5, 1)
-                log.info("restart %d of %d in %.0f s", attempt + 1, self.settings.restarts, seconds)
-                self.pause(seconds)
-        assert before is not None
-        raise GivenUp(
-            f"run={self.run}: failed {where} and launch.restarts={self.settings.restarts} are used up: {before.reason}"
-        )
+                rest = f"failed {failure.where} while it was being stopped: {failure.reason}"
+                raise GivenUp(f"run={self.run}: {rest}")
+            why = given_up(failures, self.settings.restarts)
+            if why is not None:
+                raise GivenUp(f"run={self.run}: {why}")
+            seconds = min(LONGEST_PAUSE, self.settings.pause_seconds * 2 ** (len(failures) - 1))
+            seconds *= random.uniform(0.5, 1)
+            log.info("restart %d of %d in %.0f s", len(failures), self.settings.restarts, seconds)
+            self.pause(seconds)
 
     def _once(self) -> tuple[ExitRecord | None, Failure | None]:
         """One start: its exit record if it finished or was stopped, or how it failed."""
         try:
-            world_size = self._world_size()
+            world_size = self.world_size()
         except ValueError as error:
             raise GivenUp(f"run={self.run}: {error}") from error
         starts = num_starts(self.run)
         remove_exit(self.run)
-        command = list(self.command(world_size))
-        log.info("$ %s", shlex.join(command))
-        process = subprocess.Popen(command, start_new_session=True, stdout=sys.stderr)
+        command = self.command(world_size)
+        log.info("$ %s", command)
+        environment = command.full_environment()
+        process = subprocess.Popen(command.words, env=environment, start_new_session=True, stdout=sys.stderr)
         with self._stops_on_signals():
             status = process.wait()
-        record = read_exit(self.run)
-        if record is not None and record.outcome in ("finished", "stopped"):
-            return record, None
-        if status == 0 and record is None:  # there was nothing left to do
-            step = last_step(self.run) or 0
-            return ExitRecord("finished", "there was nothing left to do", step, None, world_size), None
-        began = num_starts(self.run) > starts
-        reason = record.reason if record is not None else f"it was killed, or never began (exit status {status})"
-        return None, Failure(last_step(self.run) if began else None, reason)
+        return how_it_ended(self.run, status, starts, world_size)
 
-    def _world_size(self) -> int:
+    def world_size(self) -> int:
         """Ranks to start now; ValueError when there is no room for a replica, or for all where it is not elastic."""
         slots, wanted = self.slots(), self.settings.num_ranks
         if wanted is not None and slots >= wanted:

@@ -29,6 +29,15 @@ HOST_LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 2**18, 2**27
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
+OPEN_MPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
+"""What mpirun of Open MPI calls what other launchers tell a rank."""
+
+
 def device() -> torch.device:
     """This rank's device."""
     return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
@@ -76,15 +85,23 @@ def num_slots(wanted: int | None) -> int:
     return (wanted or 1) if is_cpu() else get_accelerator().device_count()
 
 
+def take_place() -> bool:
+    """Set what a launcher sets where there is none, by one name for all; whether this process stands alone."""
+    for name, theirs in OPEN_MPI.items():
+        if theirs in os.environ:
+            os.environ.setdefault(name, os.environ[theirs])
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    return os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+
+
 def start_process_group(timeout_minutes: float = 30.0) -> None:
     """Join the run's process group; every rank calls. Without a launcher the process is a group of one.
 
     On CPUs the ranks of a node share its cores, unless OMP_NUM_THREADS says otherwise.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+    alone = take_place()
     if is_cpu() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))

@@ -15,6 +15,7 @@ from megakor.checkpoint.format import CheckpointManifest, step_folder
 from megakor.checkpoint.keep import Keep
 from megakor.checkpoint.save import Saver, Saving
 from megakor.checkpoint.upload import Uploader, Uploading
+from megakor.config.resolved import plain
 from megakor.config.schema import CheckpointConfig, OnSpike
 from megakor.data.stream import PretrainStream, digest_of
 from megakor.logs import get_logger
@@ -28,7 +29,6 @@ from megakor.train.metrics import read_metrics
 from megakor.train.replicas import differing
 from megakor.train.reporter import Heard, Pace, Reporter
 from megakor.train.roll_back import roll_back
-from megakor.train.run import plain
 from megakor.train.schedule import learning_rate
 from megakor.train.spikes import Spike, SpikeRule
 from megakor.train.stop import Reason, StopRequest

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from megakor.config.resolved import plain
 from megakor.config.schema import ModelConfig
 from megakor.logs import Progress, get_logger, progress
 from megakor.model.flops import train_flops_per_token
 from megakor.model.specs import num_parameters
 from megakor.train.engine import StepResult
 from megakor.train.metrics import Metrics, Throughput, next_attempt
-from megakor.train.run import plain
 from megakor.train.spikes import Spike
 from megakor.train.stop import Reason
 from megakor.train.stragglers import spread

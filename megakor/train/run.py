@@ -6,7 +6,6 @@ Every rank calls what is here, in the same order.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 import os
 import shutil
@@ -23,7 +22,9 @@ from filelock import FileLock, Timeout
 from megakor.checkpoint.fetch import fetch_checkpoint, look
 from megakor.checkpoint.format import LOCK, CheckpointManifest, check_step, committed, step_folder, step_of
 from megakor.checkpoint.remote import RemoteRun
+from megakor.config.resolved import plain
 from megakor.config.schema import EngineConfig, ModelConfig, OptimizerName
+from megakor.config.secrets import take_secrets
 from megakor.files import atomic_write
 from megakor.logs import get_logger
 from megakor.parallel.dims import ParallelDims
@@ -37,17 +38,6 @@ log = get_logger(__name__)
 CONFIG = "config.yaml"
 PADDING = ("model.vocab_size", "model.make_vocab_size_divisible_by")
 """Rows past the true vocabulary take no part in anything; but Adafactor's row and column means count them."""
-
-
-def plain(value: Any) -> Any:
-    """A configuration as plain dicts, lists and scalars."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list) else value
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -73,9 +63,12 @@ def check_same_everywhere(resolved: dict[str, Any]) -> None:
 def process_group(config: EngineConfig) -> Iterator[ParallelDims]:
     """The run's process group and layout; a clean end on success, so that no rank aborts at exit.
 
+    The first thing that a run does: its secrets are in the environment from here on.
+
     Raises:
         OSError: a rank died, which is named; the others raise as soon as they miss it.
     """
+    take_secrets(Path(config.run), config.cluster.secrets)
     check_precision(config.train.precision)
     start_process_group()
     roll_call = RollCall() if dist.get_world_size() > 1 else None

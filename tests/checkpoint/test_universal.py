@@ -18,12 +18,12 @@ from megakor.checkpoint.reader import CheckpointValues, model_config, resolve
 from megakor.checkpoint.save import save_checkpoint
 from megakor.checkpoint.universal import STATES, export_universal
 from megakor.config.compose import main
+from megakor.config.resolved import plain
 from megakor.config.schema import ExportUniversalConfig
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.loss import token_losses
 from megakor.model.specs import WHOLE, parameter_specs
 from megakor.train.optimizer import Piece
-from megakor.train.run import plain
 from tests.checkpoint.pieces import edit, save
 from tests.config.commands import command
 from tests.distributed.runs import TIED

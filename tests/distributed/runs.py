@@ -189,7 +189,8 @@ def run_all(world_size: int, jobs: list[Job]) -> list[tuple[str | None, list[str
 
 def check_same(first: PretrainConfig, second: PretrainConfig) -> str:
     """What `check_same_everywhere` says when rank 1 has another configuration."""
-    from megakor.train.run import check_same_everywhere, plain
+    from megakor.config.resolved import plain
+    from megakor.train.run import check_same_everywhere
 
     try:
         check_same_everywhere(plain(first if dist.get_rank() == 0 else second))

@@ -13,9 +13,9 @@ import torch
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.reader import CheckpointValues
 from megakor.checkpoint.save import save_checkpoint
+from megakor.config.resolved import plain
 from megakor.data.stream import Batch, share
 from megakor.train.engine import Engine, StepResult
-from megakor.train.run import plain
 from tests.distributed.runs import PP2, zero
 from tests.ranks import run_ranks
 from tests.train.engines import GLOBAL_BATCH, LR, MICRO_BATCH, NUM_TOKENS, SEQ, by_hand, config_of, make_engine, tokens

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megakor.config.schema import PretrainConfig
-from megakor.launch.command import launched
+from megakor.launch.command import Command, launched
 from megakor.launch.layout import largest_world_size
 from megakor.launch.supervisor import GivenUp, Supervisor
 from megakor.train.exit_record import ExitRecord
@@ -52,10 +52,10 @@ class Case:
         self.sizes: list[int] = []
         self.supervisor = Supervisor(self.config, self.command, lambda: self.slots.pop(0), self.pauses.append)
 
-    def command(self, world_size: int) -> list[str]:
+    def command(self, world_size: int) -> Command:
         self.sizes.append(world_size)
         first, last, ends = self.left.pop(0)
-        return [sys.executable, "-c", RUN, self.config.run, str(world_size), str(first), str(last), ends]
+        return Command([sys.executable, "-c", RUN, self.config.run, str(world_size), str(first), str(last), ends])
 
 
 def test_until_it_finishes(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.reader import CheckpointValues, read_weights
 from megakor.checkpoint.save import save_checkpoint
+from megakor.config.resolved import plain
 from megakor.model.parameters import initial_value
 from megakor.model.specs import parameter_specs
 from megakor.train.engine import Engine, StepResult
 from megakor.train.fragments import is_partitioned, own_range
-from megakor.train.run import plain
 from megakor.train.values import SeededValues
 from tests.distributed.runs import ADAFACTOR, PP2, TIED, zero
 from tests.ranks import run_ranks
