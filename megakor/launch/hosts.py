@@ -130,8 +130,11 @@ def include_of(hosts: Hosts) -> str:
 
 
 def ssh_options() -> list[str]:
-    """What ssh is called with: ours, and what `PDSH_SSH_ARGS_APPEND` says, which pdsh gives it too."""
-    return [*SSH, *shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))]
+    """What ssh is called with: what `PDSH_SSH_ARGS_APPEND` says, which pdsh gives it too, and ours.
+
+    ssh takes the first value that it is given for an option, so ours are for what is not said.
+    """
+    return [*shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), *SSH]
 
 
 def unreachable(hosts: Sequence[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ SlurmdPidFile=/run/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdParameters=config_overrides
+SlurmdTimeout=5
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -51,6 +51,23 @@ def test_a_node_dies(cluster: Callable[[int], Cluster], made: Made, undisturbed:
     assert_as_undisturbed(run, undisturbed)
 
 
+def test_a_cable_is_pulled(cluster: Callable[[int], Cluster], made: Made, undisturbed: Path, tmp_path: Path) -> None:
+    """No connection ends, so that all hang: the run is ended by its watchdog, and goes on without the silent node."""
+    hosts, run = cluster(3), tmp_path / "훈련"
+    words = hostfile(tmp_path / "hosts", {"node-1": 1, "node-2": 1, "node-3": 1})
+    quick = ["health.hang_seconds=5", "launch.restarts=3", "launch.elastic=true"]
+    patience = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=3"}
+    started = launch(hosts[1], made, run, *words, *quick, env=patience)
+    started.until(step=15)
+    hosts.unplug("node-2")
+    pulled = time.monotonic()
+    started.until(step=NUM_STEPS // 2, starts=2)
+    print(f"{time.monotonic() - pulled:.1f} s from the pulled cable to the steps of the next start")
+    started.finishes(world_size=2)
+    assert "rank 1" in started.said()
+    assert_as_undisturbed(run, undisturbed)
+
+
 def test_one_command_on_each_host(
     cluster: Callable[[int], Cluster], made: Made, undisturbed: Path, tmp_path: Path
 ) -> None:

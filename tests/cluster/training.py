@@ -93,10 +93,13 @@ def ranks(hosts: Iterable[Host]) -> dict[str, list[psutil.Process]]:
 
 
 def trains(process: psutil.Process) -> bool:
+    """Whether it is a rank, and not a launcher that names one."""
     try:
-        return "-m" in (words := process.cmdline()) and words[words.index("-m") + 1] == "megakor.pretrain"
+        words = process.cmdline()
     except psutil.Error:
         return False
+    is_python = bool(words) and Path(words[0]).name.startswith("python")
+    return is_python and "-m" in words and words[words.index("-m") + 1] == "megakor.pretrain"
 
 
 def steps(run: Path) -> dict[int, dict[str, Any]]:
