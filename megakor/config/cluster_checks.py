@@ -11,7 +11,8 @@ from megakor.config.schema import ClusterConfig, EngineConfig, LaunchConfig
 WITH_HOSTS = (ClusterKind.deepspeed, ClusterKind.openmpi)
 """Kinds whose nodes a host file may name, and that a launcher on one machine reaches."""
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?")
+SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
+"""Words of which a variable's name has one when its value is a secret."""
 
 
 def check_cluster(config: EngineConfig) -> None:
@@ -58,8 +59,7 @@ def check_environment(cluster: ClusterConfig) -> None:
         key = "secrets" if name in cluster.secrets else "environment"
         require(bool(VARIABLE.fullmatch(name)), f"cluster.{key}", name, "be a name of an environment variable")
     for name, value in cluster.environment.items():
-        secret = set(re.split("_+", name.upper())) & set(re.findall(SECRET, name.upper()))
-        if secret or name in cluster.secrets:  # the value is not told, for it may be one
+        if SECRET & set(name.upper().split("_")) or name in cluster.secrets:  # the value is not told, for it may be one
             raise ValueError(f"cluster.environment.{name} must be left out, and named in cluster.secrets")
         require("\n" not in value, f"cluster.environment.{name}", repr(value), "be of one line")
 

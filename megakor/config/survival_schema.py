@@ -49,4 +49,4 @@ class LaunchConfig:
     num_ranks: int | None = key(None, help="processes; null: one for each accelerator, on a CPU one", unit="ranks")
     restarts: int = key(0, help="times that a run which failed is started again; twice at the same step ends it")
     pause_seconds: float = key(10.0, help="before the first restart; twice as long before each further one", unit="s")
-    elastic: bool = key(False, help="go on with fewer ranks where num_ranks have no room any more")
+    elastic: bool = key(False, help="go on with fewer ranks where accelerators or hosts have gone")

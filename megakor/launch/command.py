@@ -31,8 +31,9 @@ class Command:
 
     def __str__(self) -> str:
         """What a shell takes."""
+        hidden = ["env", *(word for name in self.without for word in ("-u", name))] if self.without else []
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*variables, shlex.join(self.words)])
+        return " ".join([*hidden, *variables, shlex.join(self.words)])
 
     def full_environment(self) -> dict[str, str]:
         """The whole environment to start it with."""

@@ -61,5 +61,5 @@ def environment_file(variables: Mapping[str, str]) -> str:
     for name, value in variables.items():
         found = REMOTE_SHELLS_READ.search(value)
         if found:
-            raise ValueError(f"{name}={value} must not contain {found[0]!r}: remote shells read it on the way to ranks")
+            raise ValueError(f"{name}={value!r} must not contain {found[0]!r}: remote shells read it")
     return "".join(f"{name}={value}\n" for name, value in variables.items())
