@@ -24,6 +24,7 @@ FLOORS = {
         "interop",
         "plan",
         "launch",
+        "preflight",
         "report",
         "simulate",
         "trace",
@@ -238,7 +239,15 @@ def test_files_can_be_read_in_a_sitting() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["checkpoint.__main__", "demo.__main__", "evaluate.__main__", "export", "generate.__main__", "simulate.__main__"],
+    [
+        "checkpoint.__main__",
+        "demo.__main__",
+        "evaluate.__main__",
+        "export",
+        "generate.__main__",
+        "preflight.__main__",
+        "simulate.__main__",
+    ],
 )
 def test_verbs_that_answer_on_standard_output_start_without_deepspeed(module: str) -> None:
     """DeepSpeed logs to standard output from its import on."""
