@@ -93,8 +93,12 @@ def missing(*programs: str) -> str | None:
     return None if tried.returncode == 0 else f"this machine permits no hosts of namespaces: {tried.stderr.strip()}"
 
 
-def _first_of_namespaces(*command: str, log: IO[bytes]) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a command as first process of namespaces of its own, which ends with this process: also its number here."""
+def in_namespaces(*command: str, log: IO[bytes]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a command as the first process of namespaces of its own; they end with it, and it with this process.
+
+    Returns:
+        `unshare`, which waits for it, and its own number, as this machine counts.
+    """
     process = subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "--mount-proc", "--kill-child", *command],
         stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -126,7 +130,7 @@ class Host:
     def __init__(self, name: str, address: str, folder: Path, log: IO[bytes]) -> None:
         self.name, self.address = name, address
         command = ["sh", "-c", BOOT, "boot", name, str(folder), address, INTERFACE]
-        self.process, self.first = _first_of_namespaces(*command, log=log)
+        self.process, self.first = in_namespaces(*command, log=log)
 
     def command(self, *command: str) -> list[str]:
         """A command line that runs another one on this host."""
@@ -159,9 +163,9 @@ class Host:
 
     def die(self) -> None:
         """End every process of it at once; its address answers no more."""
-        with suppress(ProcessLookupError):
+        if self.process.poll() is None:
             os.kill(self.first, signal.SIGKILL)
-        self.process.wait(10)
+            self.process.wait(10)
 
 
 class Cluster:
@@ -180,12 +184,13 @@ class Cluster:
         self._configure()
         self.log = (self.folder / "hosts.log").open("ab")
         script = "ip link add bridge type bridge && ip link set bridge up && exec sleep infinity"
-        self.process, self.bridge = _first_of_namespaces("sh", "-c", script, log=self.log)
-        wait_for(lambda: self._at_bridge("show", "dev", "bridge", "up", check=False))
+        self.process, self.bridge = in_namespaces("sh", "-c", script, log=self.log)
         try:
+            wait_for(lambda: self._at_bridge("show", "dev", "bridge", "up", check=False))
             for name in self.addresses:
                 self.boot(name)
         except BaseException:
+            print((self.folder / "hosts.log").read_text())
             self.__exit__()
             raise
         return self
@@ -206,6 +211,7 @@ class Cluster:
 
     def boot(self, name: str) -> Host:
         """Start a host, also one that has died. It takes ssh connections when this returns."""
+        self._at_bridge("delete", name, check=False)  # of one that has died the kernel takes its time to
         host = self.hosts[name] = Host(name, self.addresses[name], self.folder, self.log)
         self._at_bridge("add", "name", name, "type", "veth", "peer", "name", INTERFACE, "netns", str(host.first))
         self._at_bridge("set", name, "master", "bridge", "up")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-from tests.cluster.hosts import Cluster, wait_for
+from tests.cluster.hosts import Cluster, Host, wait_for
 
 CONFIGURATION = """\
 ClusterName=cluster
@@ -50,29 +50,28 @@ class Slurm:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        for number, _ in enumerate(cluster, start=1):
-            self(number, "sh", "-c", MUNGED.format(folder=self.folder))
-        self(1, "slurmctld")
-        for number, _ in enumerate(cluster, start=1):
-            self(number, "slurmd")
-        wait_for(lambda: set(self(1, "sinfo", "--noheader", "--format=%T").split()) == {"idle"}, 30, every=0.2)
+        for host in cluster:
+            self._on(host, "sh", "-c", MUNGED.format(folder=self.folder))
+        self("slurmctld")
+        for host in cluster:
+            self._on(host, "slurmd")
+        wait_for(lambda: set(self("sinfo", "--noheader", "--format=%T").split()) == {"idle"}, 30, every=0.2)
 
     @property
     def environment(self) -> dict[str, str]:
         """What Slurm's commands need to find it."""
         return {"SLURM_CONF": str(self.configuration)}
 
-    def __call__(self, number: int, *command: str) -> str:
-        """What a command on a host says. AssertionError when it fails."""
-        done = self.cluster[number].run(*command, env=self.environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def __call__(self, *command: str) -> str:
+        """What a command says on the first host. AssertionError when it fails."""
+        return self._on(self.cluster[1], *command)
 
     def job(self, number: int) -> dict[str, str]:
         """What Slurm knows of a job, by its names for it."""
-        told = self(1, "scontrol", "--oneliner", "show", "job", str(number))
+        told = self("scontrol", "--oneliner", "show", "job", str(number))
         return dict(word.split("=", maxsplit=1) for word in told.split() if "=" in word)
 
-    def logs(self) -> str:
-        """The ends of its logs."""
-        return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("*.log")))
+    def _on(self, host: Host, *command: str) -> str:
+        done = host.run(*command, env=self.environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout

@@ -31,7 +31,7 @@ def submitted(hosts: Cluster, made: Made, run: Path, launcher: str) -> Slurm:
 def completes(slurm: Slurm) -> None:
     """Once it is in the queue again, the job is started and runs to its end."""
     wait_for(lambda: (slurm.job(1)["JobState"], slurm.job(1)["Restarts"]) == ("PENDING", "1"), 60, every=0.2)
-    slurm(1, "scontrol", "update", "JobId=1", "StartTime=now")  # Slurm itself would wait two minutes
+    slurm("scontrol", "update", "JobId=1", "StartTime=now")  # Slurm itself would wait two minutes
     wait_for(lambda: slurm.job(1)["JobState"] == "COMPLETED", 90, every=0.2)
 
 
@@ -39,7 +39,7 @@ def test_preempted(cluster: Callable[[int], Cluster], made: Made, undisturbed: P
     """A job that goes before takes the nodes: the run is given notice, saves and makes room."""
     hosts, run = cluster(2), tmp_path / "훈련"
     slurm = submitted(hosts, made, run, "torchrun")
-    slurm(1, "sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     wait_for(lambda: slurm.job(1)["JobState"] == "PENDING", 60, every=0.2)
     stopped = read_exit(run)
     assert stopped is not None
@@ -56,7 +56,7 @@ def test_a_node_dies(cluster: Callable[[int], Cluster], made: Made, undisturbed:
     hosts, run = cluster(3), tmp_path / "훈련"
     slurm = submitted(hosts, made, run, "deepspeed")
     hosts.hosts["node-2"].die()
-    wait_for(lambda: "down" in slurm(1, "sinfo", "--noheader", "--nodes=node-2", "--format=%T"), 60, every=0.2)
+    wait_for(lambda: "down" in slurm("sinfo", "--noheader", "--nodes=node-2", "--format=%T"), 60, every=0.2)
     completes(slurm)
     assert slurm.job(1)["NodeList"] == "node-[1,3]"
     (first, size), (resumed, size_after) = starts(run)
