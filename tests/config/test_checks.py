@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megakor.config import checks, verb_checks
+from megakor.config import checks, cluster_checks, verb_checks
 from megakor.config.checks import OWNED_DEEPSPEED_KEYS, check, check_fit
 from tests.config.commands import NEEDED, composed, quickly_composed
 
@@ -168,6 +168,40 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ("preflight", ["slow_below=1"], "slow_below=1.0", "lie in [0, 1)"),
     ("preflight", ["out=h.yaml"], "out=h.yaml", "come with watts"),
     ("preflight", ["out=h.yaml", "watts=0"], "watts=0.0", "be above 0"),
+    # machines
+    *[
+        ("pretrain", [f"cluster.{name}={value}"], f"cluster.{name}={shown}", "be above 0")
+        for name, value, shown in [("num_nodes", 0, "0"), ("ranks_per_node", -1, "-1"), ("price_krw", 0, "0.0"),
+                                   ("price_krw", -5, "-5.0"), ("krw_per_usd", 0, "0.0")]
+    ],
+    *[("pretrain", [f"cluster.master_port={port}"], f"cluster.master_port={port}", "lie between 1 and 65535")
+      for port in (0, 65536)],
+    ("pretrain", ["cluster.include=a", "cluster.exclude=b"], "cluster.exclude=b", "be empty with cluster.include"),
+    ("launch pretrain", ["cluster=torchrun", "cluster.ssh=true"], "cluster.ssh=True", "be false with cluster.kind="),
+    ("launch pretrain", ["cluster=openmpi", "cluster.ssh=false"], "cluster.ssh=False", "be true with cluster.kind="),
+    ("launch pretrain", ["cluster=torchrun", "cluster.node_rank=-1"], "cluster.node_rank=-1", "be at least 0"),
+    ("launch pretrain", ["cluster=deepspeed", "cluster.node_rank=1"], "cluster.node_rank=1",
+     "be null with cluster.ssh=true"),
+    ("launch pretrain", ["cluster.environment={a-b: c}"], "cluster.environment=a-b", "be a name of an environment"),
+    ("launch pretrain", ["cluster.secrets=[A B]"], "cluster.secrets=A B", "be a name of an environment variable"),
+    ("launch pretrain", ["cluster.environment.WANDB_API_KEY=k"], "cluster.environment.WANDB_API_KEY",
+     "be left out, and named in cluster.secrets"),
+    ("launch pretrain", ["cluster.environment.HF_TOKEN=k"], "cluster.environment.HF_TOKEN", "be left out"),
+    ("launch pretrain", ["cluster.environment.PRIVATE=k", "cluster.secrets=PRIVATE"], "cluster.environment.PRIVATE",
+     "be left out"),
+    ("launch pretrain", ["cluster.environment={A: 'b\nc'}"], "cluster.environment.A='b\\nc'", "be of one line"),
+    ("launch pretrain", ["cluster.slurm.notice_seconds=0"], "cluster.slurm.notice_seconds=0", "be above 0"),
+    ("launch pretrain", ["cluster.slurm.options=exclusive"], "cluster.slurm.options=exclusive", "be options of sbatch"),
+    *[("launch pretrain", [f"cluster.kubernetes.{name}=A_b"], f"cluster.kubernetes.{name}=A_b", "be lower-case letters")
+      for name in ("namespace", "volume_claim")],
+    ("launch pretrain", ["cluster.kubernetes.mount_path=work"], "cluster.kubernetes.mount_path=work", "begin with /"),
+    ("launch pretrain", ["cluster.kubernetes.shared_memory=64GB"], "cluster.kubernetes.shared_memory=64GB",
+     "be a size as Kubernetes writes it"),
+    ("launch pretrain", ["cluster=slurm", "launch.num_ranks=8"], "launch.num_ranks=8", "be null with cluster.kind="),
+    *[("launch pretrain", ["cluster=deepspeed", "cluster.ssh=false", f"launch.{key}"], f"launch.{shown}", rule)
+      for key, shown, rule in [("restarts=3", "restarts=3", "be 0 with cluster.ssh=false"),
+                               ("elastic=true", "elastic=True", "be false with cluster.kind=deepspeed")]],
+    ("launch pretrain", ["cluster=slurm", "launch.elastic=true"], "launch.elastic=True", "as many nodes at"),
     ("evaluate", ["cache_size=0"], "cache_size=0", "be above 0"),
     ("drill", ["faults=0"], "faults=0", "be above 0"),
     ("drill", ["patience_seconds=0"], "patience_seconds=0.0", "be above 0"),
@@ -268,6 +302,9 @@ def test_a_broken_rule_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("corpus", ["max_bytes=1"]),
         ("generate", ["prompt=null", "question=뭐", "context=맥락", "temperature=0", "top_p=1"]),
         ("demo", ["run=runs/다른"]),
+        ("launch pretrain", ["cluster=deepspeed", "launch.elastic=true", "launch.restarts=9", "cluster.include=a:0"]),
+        ("launch pretrain", ["launch.elastic=true", "launch.num_ranks=8", "cluster.environment.NCCL_DEBUG=INFO"]),
+        ("launch instruct", ["cluster=slurm", "launch.restarts=9", "cluster.secrets=[WANDB_API_KEY,HF_TOKEN]"]),
     ],
 )
 def test_the_edges_that_are_allowed(verb: str, arguments: list[str]) -> None:
@@ -284,7 +321,7 @@ def test_what_instruct_learns_from_its_base_is_checked_too() -> None:
 def test_every_rule_is_broken_by_a_test() -> None:
     """Keys that a check names literally, all of which have a bad value above."""
     named: set[str] = set()
-    source = inspect.getsource(checks) + inspect.getsource(verb_checks)
+    source = "".join(map(inspect.getsource, (checks, cluster_checks, verb_checks)))
     for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Call)

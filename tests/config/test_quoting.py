@@ -164,3 +164,18 @@ def test_hangul_in_another_locale(tmp_path: Path) -> None:
     ended = command("-m", "megakor", "generate", "run=없는 곳", "prompt=안녕", env={"LC_ALL": "C", "LANG": "C"})
     assert ended.returncode == 1
     assert "없는 곳" in ended.stderr
+
+
+def test_a_flag_sets_the_key_of_its_name() -> None:
+    assert composed("checkpoint prune", "run=r", "--dry-run").dry_run
+    assert composed("launch pretrain", *PRETRAIN, "--dry-run").dry_run
+    assert not composed("launch pretrain", *PRETRAIN).dry_run
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--name"])
+def test_a_flag_that_is_no_key_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`pretrain` has no dry run, and a key with a value is no flag."""
+    with pytest.raises(SystemExit) as ended:
+        composed("pretrain", *PRETRAIN, flag)
+    assert ended.value.code not in (0, None)
+    assert flag in capsys.readouterr().err

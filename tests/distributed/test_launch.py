@@ -20,7 +20,8 @@ from tests.distributed.test_launcher import overrides
 from tests.launch.sshd import MISSING, hosts_over_ssh
 from tests.ranks import free_port
 
-SECRET = "열려라참깨-4f1c9d"
+NAME, SECRET = "MLFLOW_TRACKING_TOKEN", "열려라참깨-4f1c9d"
+"""A name that begins as those do which the `deepspeed` launcher puts on remote command lines."""
 NUM_STEPS = 6
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -44,10 +45,10 @@ class Launch:
     def __init__(self, made: Made, run: Path, ssh: dict[str, str], *arguments: str) -> None:
         self.run = run
         words = [*overrides(made, run), f"train.num_steps={NUM_STEPS}", "cluster.interface=lo",
-                 "cluster.secrets=MEGAKOR_SECRET", f"cluster.master_port={free_port()}", *arguments]  # fmt: skip
+                 f"cluster.secrets={NAME}", f"cluster.master_port={free_port()}", *arguments]  # fmt: skip
         self.command = [sys.executable, "-m", "megakor", "launch", "pretrain", *words]
         self.environment = {
-            **os.environ, **ssh, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MEGAKOR_SECRET": SECRET,
+            **os.environ, **ssh, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", NAME: SECRET,
         }  # fmt: skip
         self.seen: set[str] = set()
 

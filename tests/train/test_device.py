@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megakor import logs
 from megakor.config.schema import Precision
 from megakor.model.documents import Attending, all_at_once, one_by_one
 from megakor.train import device
@@ -56,3 +58,17 @@ def test_documents_attend_at_once_where_the_kernel_is(
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(f"{version[0]}.{version[1]}.0"))
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(get_device_capability=lambda: capability))
     assert device.attending(precision) is expected
+
+
+def test_ranks_under_open_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own names are heeded where the usual ones are not set; the log knows the rank as well."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # remembered, so that what is set here is gone afterwards
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": "5", "SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    assert logs.rank() == 5
+    assert not device.take_place()
+    assert [os.environ[name] for name in names[:4]] == ["5", "8", "1", "4"]
+    assert device.local_world_size() == 4
