@@ -36,6 +36,8 @@ def test_healthy_nodes_have_no_faults() -> None:
          "cluster.interface (GLOO_SOCKET_IFNAME) must name one of none is up"),
         ({"r2": {"versions": {"torch": "2.6.0"}}, "r3": {"versions": {"torch": "2.6.0"}}},
          "node node1: torch=2.6.0 must be 2.13.0, as on the other ranks"),
+        ({"r0": {"versions": {"torch": "2.6.0"}}},
+         "node node0, rank 0: torch=2.6.0 must be 2.13.0, as on the other ranks"),
         ({"r5": {"problems": ["something must be so"]}},
          "node node2, rank 5: something must be so"),
         ({"r4": {"config": {"train.seed": 2, "train.extra": [1]}}},
