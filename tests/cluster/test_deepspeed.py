@@ -38,10 +38,10 @@ def test_a_node_dies(cluster: Callable[[int], Cluster], made: Made, undisturbed:
     hosts, run = cluster(3), tmp_path / "훈련"
     words = hostfile(tmp_path / "hosts", {"node-1": 1, "node-2": 1, "node-3": 1})
     started = launch(hosts[1], made, run, *words, "launch.restarts=3", "launch.elastic=true")
-    started.until(step=15)
+    started.until(step=12)
     hosts.hosts["node-2"].die()
     died = time.monotonic()
-    started.until(step=NUM_STEPS // 2, starts=2)
+    started.until(step=NUM_STEPS - 10, starts=2)
     print(f"{time.monotonic() - died:.1f} s from the death of a node to the steps of the next start")
     assert {name: len(found) for name, found in ranks([hosts[1], hosts[3]]).items()} == {"node-1": 1, "node-3": 1}
     started.finishes(world_size=2)
@@ -58,10 +58,10 @@ def test_a_cable_is_pulled(cluster: Callable[[int], Cluster], made: Made, undist
     quick = ["health.hang_seconds=5", "launch.restarts=3", "launch.elastic=true"]
     patience = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=3"}
     started = launch(hosts[1], made, run, *words, *quick, env=patience)
-    started.until(step=15)
+    started.until(step=12)
     hosts.unplug("node-2")
     pulled = time.monotonic()
-    started.until(step=NUM_STEPS // 2, starts=2)
+    started.until(step=NUM_STEPS - 10, starts=2)
     print(f"{time.monotonic() - pulled:.1f} s from the pulled cable to the steps of the next start")
     started.finishes(world_size=2)
     assert "rank 1" in started.said()
