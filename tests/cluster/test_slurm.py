@@ -39,7 +39,11 @@ def test_preempted(cluster: Callable[[int], Cluster], made: Made, undisturbed: P
     """A job that goes before takes the nodes: the run is given notice, saves and makes room."""
     hosts, run = cluster(2), tmp_path / "훈련"
     slurm = submitted(hosts, made, run, "torchrun")
+    (rank,) = ranks([hosts[2]])["node-2"]
+    rank.suspend()  # so that the run is not over before Slurm has made up its mind
     slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for((run / "STOP").exists, 30, every=0.1)
+    rank.resume()
     wait_for(lambda: slurm.job(1)["JobState"] == "PENDING", 60, every=0.2)
     stopped = read_exit(run)
     assert stopped is not None
