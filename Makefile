@@ -1,4 +1,4 @@
-# megakor: make demo · test · matrix · lint · bench · docs. Each installs what it needs into .venv, once.
+# megakor: make demo · test · test-cluster · matrix · lint · bench · docs. Each installs what it needs into .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,15 +7,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 CORPUS ?=
 ARGS ?=
 BENCH ?= train_step
+CLUSTER_PACKAGES := iproute2 openssh-client openssh-server pdsh openmpi-bin munge slurmctld slurmd slurm-client
 
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test matrix drill lint format bench docs clean requirements
+.PHONY: help demo test test-cluster matrix drill lint format bench docs clean requirements
 
 help:
 	@echo "make demo    the whole arc on two CPU cores: text in; a trained, resumed, exported, tuned model out"
 	@echo "             CORPUS='path/*.jsonl.gz' uses your text; ARGS='num_steps=200' changes the demo's keys"
 	@echo "make test    the tests          make lint    ruff and mypy"
+	@echo "make test-cluster  the launchers on several hosts, made of Linux namespaces; needs root, and installs ssh,"
+	@echo "             pdsh, Open MPI and Slurm where apt-get is there"
 	@echo "make bench   the training benchmark; BENCH=parallel, memory, loader, shuffle or checkpoint another"
 	@echo "make docs    the documentation, into site/"
 	@echo "make drill   a short training disturbed fifty times: killed ranks, damaged files, full disks, other layouts"
@@ -50,6 +53,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]  # 5: none of them is asked for
 	$(BIN)/python -m pytest -m 'not alone' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-cluster: $(VENV)/.installed-test
+	@[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
+	  export DEBIAN_FRONTEND=noninteractive; get="apt-get -qq install -y --no-install-recommends --no-upgrade"; \
+	  $$get $(CLUSTER_PACKAGES) || { apt-get -qq update && $$get $(CLUSTER_PACKAGES); }; } >/dev/null 2>&1 \
+	  || echo "not all of these could be installed: $(CLUSTER_PACKAGES)"
+	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
 matrix: $(VENV)/.installed-test
 	$(BIN)/python -m tests.distributed.matrix

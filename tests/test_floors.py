@@ -28,6 +28,7 @@ FLOORS = {
         "report",
         "simulate",
         "trace",
+        "tune",
         "demo",
         "drill",
     },
@@ -248,6 +249,7 @@ def test_files_can_be_read_in_a_sitting() -> None:
         "import_config",
         "preflight.__main__",
         "simulate.__main__",
+        "tune.__main__",
     ],
 )
 def test_verbs_that_answer_on_standard_output_start_without_deepspeed(module: str) -> None:

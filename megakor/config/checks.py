@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megakor.config.cluster_checks import check_cluster
-from megakor.config.data_checks import check_data
+from megakor.config.data_checks import check_data, check_pairs
 from megakor.config.plan_checks import check_accelerators
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
@@ -25,12 +25,12 @@ from megakor.config.schema import (
     ImportConfig,
     InstructConfig,
     LaunchInstructConfig,
+    LaunchPreflightConfig,
     LaunchPretrainConfig,
     LoraConfig,
     ModelConfig,
     OnSpike,
     OptimizerName,
-    PairsConfig,
     ParallelConfig,
     PlanConfig,
     PlanSearchConfig,
@@ -301,11 +301,6 @@ def check_preflight(config: PreflightConfig) -> None:
     require((config.out is None) == (config.watts is None), "out", config.out, "come with watts, or neither")
 
 
-def check_pairs(pairs: PairsConfig) -> None:
-    share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
-    positive("pairs.max_pairs", pairs.max_pairs)
-
-
 def check_instruct(config: InstructConfig) -> None:
     check_engine(config)
     check_lora(config.lora)
@@ -330,6 +325,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     InstructConfig: check_instruct,
     LaunchPretrainConfig: check_pretrain,
     LaunchInstructConfig: check_instruct,
+    LaunchPreflightConfig: check_preflight,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
     ImportConfig: check_import_config,

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megakor.config.data_schema import DataConfig
-from megakor.config.rules import positive, require
+from megakor.config.rules import positive, require, share
+from megakor.config.schema import PairsConfig
 
 
 def check_weights(key: str, weights: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -39,3 +40,8 @@ def check_data(data: DataConfig) -> None:
     for window in data.skip:
         fits = len(window) == 2 and 0 <= window[0] < window[1]
         require(fits, "data.skip", window, "be [first, one after the last]")
+
+
+def check_pairs(pairs: PairsConfig) -> None:
+    share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
+    positive("pairs.max_pairs", pairs.max_pairs)

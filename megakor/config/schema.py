@@ -69,6 +69,7 @@ __all__ = [
     "KubernetesConfig",
     "LaunchConfig",
     "LaunchInstructConfig",
+    "LaunchPreflightConfig",
     "LaunchPretrainConfig",
     "LoggingConfig",
     "LoraConfig",
@@ -311,6 +312,13 @@ class LaunchPretrainConfig(PretrainConfig):
 @dataclass
 class LaunchInstructConfig(InstructConfig):
     """Start an instruction-tuning run on the machines of `cluster`."""
+
+    dry_run: bool = key(False, help="write what would run, print it, and start nothing; also --dry-run")
+
+
+@dataclass
+class LaunchPreflightConfig(PreflightConfig):
+    """Check the machines of `cluster` before a run is started there."""
 
     dry_run: bool = key(False, help="write what would run, print it, and start nothing; also --dry-run")
 

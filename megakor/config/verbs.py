@@ -54,6 +54,7 @@ VERBS = {
             "pretrain on one machine or many, started again after failures",
         ),
         Verb("launch instruct", schema.LaunchInstructConfig, "the same for instruct"),
+        Verb("launch preflight", schema.LaunchPreflightConfig, "preflight on the machines of a cluster"),
         Verb("simulate", schema.SimulateConfig, "parameters, communication and memory of a layout, on fake tensors"),
         Verb("plan", schema.PlanConfig, "memory, time and cost of a run, without its machines"),
         Verb("plan search", schema.PlanSearchConfig, "the layouts that fit some accelerators, by predicted step time"),

@@ -1,4 +1,4 @@
-"""`megakor launch pretrain` and `megakor launch instruct`: a training verb on its machines, whatever starts it there.
+"""`megakor launch pretrain`, `instruct` and `preflight`: a verb of many ranks on its machines, whatever starts it there.
 
 resolved configuration ─► RUN/launch ─► the command of the cluster's kind ─► watched over, or submitted
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 
 from megakor.cli import main
-from megakor.config.schema import LaunchInstructConfig, LaunchPretrainConfig
+from megakor.config.schema import LaunchInstructConfig, LaunchPreflightConfig, LaunchPretrainConfig
 from megakor.launch.command import Command, program
 from megakor.launch.folder import LaunchFolder
 from megakor.launch.kinds import SUBMITTED, launcher_of
@@ -35,12 +35,15 @@ def submit(commands: Sequence[Command]) -> None:
         log.info("%s", done.stdout.strip())
 
 
-def run(config: LaunchPretrainConfig | LaunchInstructConfig) -> None:
-    """Start the run, and start it again as `launch` says; or, with `dry_run`, print what would run."""
-    folder = LaunchFolder(config)
+def run(config: LaunchPretrainConfig | LaunchInstructConfig | LaunchPreflightConfig) -> None:
+    """Start the verb, and start a run again as `launch` says; or, with `dry_run`, print what would run."""
+    folder, kind = LaunchFolder(config), config.cluster.kind
     with folder.locked(), redirect_stdout(sys.stderr):  # where DeepSpeed, once imported, prints and logs to
-        if config.cluster.kind in SUBMITTED:
-            commands = SUBMITTED[config.cluster.kind](config, folder, os.environ)
+        if kind in SUBMITTED:
+            if isinstance(config, LaunchPreflightConfig):
+                rule = "be one whose ranks start from here; a job checks its own nodes with launch.preflight=true"
+                raise ValueError(f"cluster.kind={kind.value} must {rule}")
+            commands = SUBMITTED[kind](config, folder, os.environ)
             if not config.dry_run:
                 submit(commands)
         else:
@@ -49,12 +52,22 @@ def run(config: LaunchPretrainConfig | LaunchInstructConfig) -> None:
             supervisor = Supervisor(config, launcher.command, slots)
             if config.dry_run:
                 commands = launcher.commands(supervisor.world_size())
+            elif isinstance(config, LaunchPreflightConfig):
+                check(launcher.command(supervisor.world_size()))
             else:
                 record = supervisor.supervise()
                 why = f" ({record.reason})" if record.reason else ""
                 log.info("run=%s: %s after step %d%s", config.run, record.outcome, record.step, why)
     if config.dry_run:
         print(*commands, sep="\n")
+
+
+def check(command: Command) -> None:
+    """Run a preflight, whose table goes to standard output. SystemExit with its status when there is a fault."""
+    log.info("$ %s", command)
+    status = subprocess.run(command.words, env=command.full_environment(), check=False).returncode
+    if status:
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

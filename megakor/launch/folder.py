@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megakor.config.resolved import plain, resolved_yaml
-from megakor.config.schema import EngineConfig, InstructConfig
+from megakor.config.schema import EngineConfig, InstructConfig, PreflightConfig, PretrainConfig
 from megakor.files import atomic_write
 from megakor.launch.command import Command
 from megakor.launch.layout import replica_size
@@ -37,14 +37,15 @@ class LaunchFolder:
     Attributes:
         run: the run folder, absolute.
         path: the launch folder in it.
-        verb: the training verb.
+        verb: what the ranks run.
         config: what is written: the verb's own keys, the same on every node.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self.run = Path(config.run).absolute()
         self.path = self.run / "launch"
-        self.verb = "instruct" if isinstance(config, InstructConfig) else "pretrain"
+        verbs = {InstructConfig: "instruct", PreflightConfig: "preflight", PretrainConfig: "pretrain"}
+        self.verb = next(verb for kind, verb in verbs.items() if isinstance(config, kind))
         self.config = {key: value for key, value in plain(config).items() if key != "dry_run"}
         self.node = config.cluster.node_rank
         self.config["cluster"]["node_rank"] = None  # the one key in which nodes differ

@@ -28,6 +28,8 @@ NEEDED = {
     "preflight": PRETRAIN,
     "pretrain": PRETRAIN,
     "simulate": PRETRAIN,
+    "tune": [*PRETRAIN, "cluster.gpus=1xa100-80g"],
+    "launch preflight": PRETRAIN,
     "plan": ["model.vocab_size=256"],
     "plan search": ["model.vocab_size=256", "cluster.gpus=8xa100-80g"],
     "trace": ["run=r", "step=1"],

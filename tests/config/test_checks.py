@@ -133,15 +133,16 @@ BAD: list[tuple[str, list[str], str, str]] = [
         for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio")
         for value in (-0.1, 1.1)
     ],
-    ("pretrain", ["checkpoint.interval=0"], "checkpoint.interval=0", "be above 0"),
     ("pretrain", ["checkpoint.keep_last=-1"], "checkpoint.keep_last=-1", "be at least 0"),
     *[
         ("pretrain", [f"checkpoint.{name}=-1"], f"checkpoint.{name}=-1", "be at least 0")
-        for name in ("keep_every", "restart_interval")
+        for name in ("interval", "keep_every", "restart_interval")
     ],
     ("pretrain", ["checkpoint.keep_best=news", "+data.validation.wiki=v"], "checkpoint.keep_best=news",
      "name one of the held-out sets: ['wiki']"),
     ("instruct", ["checkpoint.keep_best=news"], "checkpoint.keep_best=news", "held-out sets: ['pairs']"),
+    ("pretrain", ["checkpoint.interval=0", "checkpoint.keep_every=10"], "checkpoint.keep_every=10",
+     "be 0 with checkpoint.interval=0"),
     ("pretrain", ["checkpoint.keep_every=1500"], "checkpoint.interval=1000",
      "divide checkpoint.keep_every=1500"),
     *[
@@ -163,6 +164,12 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ("pretrain", ["launch.num_ranks=0"], "launch.num_ranks=0", "be above 0"),
     ("pretrain", ["launch.restarts=-1"], "launch.restarts=-1", "be at least 0"),
     ("pretrain", ["launch.pause_seconds=-1"], "launch.pause_seconds=-1.0", "be at least 0"),
+    ("tune", ["format=xml"], "format=xml", "be table or json"),
+    ("tune", ["cluster.gpus=null"], "cluster.gpus=None", "name the accelerators"),
+    ("tune", ["cluster.gpus=many"], "cluster.gpus=many", "be number x kind"),
+    ("tune", ["num_layouts=0"], "num_layouts=0", "be above 0"),
+    ("tune", ["num_steps=0"], "num_steps=0", "be above 0"),
+    ("tune", ["warmup_steps=-1"], "warmup_steps=-1", "be at least 0"),
     ("preflight", ["format=xml"], "format=xml", "be table or json"),
     ("preflight", ["wait_seconds=0"], "wait_seconds=0.0", "be above 0"),
     ("preflight", ["slow_below=1"], "slow_below=1.0", "lie in [0, 1)"),
