@@ -51,6 +51,7 @@ class Hardware:
         watts: power of an accelerator at work with its share of the node, W.
         per_node: accelerators of a node.
         overlaps: whether communication runs beside computation; not where the same cores do both.
+        gather_passes: times that a gather or a scatter moves its tensor around the ring: 1 by NCCL, more by gloo.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Hardware:
     watts: float
     per_node: int
     overlaps: bool = True
+    gather_passes: float = 1.0
 
     def peak(self, precision: Precision) -> float:
         """Peak of matrix products in an arithmetic, FLOP/s."""
@@ -120,7 +122,7 @@ class Ring:
         latency = 1e-6 * (hardware.node_latency_us if inside else hardware.network_latency_us)
         hops = 2 * math.ceil(math.log2(self.size)) if kind == "all_reduce" else self.size - 1
         share = 1.0 if kind == "send" else (self.size - 1) / self.size
-        passes = 2 if kind == "all_reduce" else 1
+        passes = {"all_reduce": 2.0, "send": 1.0}.get(kind, hardware.gather_passes)
         return passes * share * num_bytes / (rate * 1e9 * hardware.link_efficiency) + hops * latency
 
 

@@ -63,6 +63,7 @@ class Probes:
         self.messages = {
             "small": partial(dist.all_reduce, torch.ones(1)),
             "large": partial(dist.all_reduce, torch.ones(MESSAGE)),
+            "gather": partial(dist.all_gather_into_tensor, torch.ones(self.size * MESSAGE), torch.ones(MESSAGE)),
         }
         self.seconds: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
@@ -95,15 +96,17 @@ class Probes:
         matmul = 3 * self.product.flops / (taken["products"] - moving)
         share = 2 * (self.size - 1) / self.size
         link = share * MESSAGE * FP32 / (taken["large"] - taken["small"]) if self.size > 1 else memory
-        figures = [memory, matmul, self.attention_flops / taken["attention"], link, taken["small"] / 2]
+        gathering = (self.size - 1) * MESSAGE * FP32 / link
+        passes = (taken["gather"] - taken["small"] / 2) / gathering if self.size > 1 else 1.0
+        figures = [memory, matmul, self.attention_flops / taken["attention"], link, taken["small"] / 2, passes]
         found = torch.tensor(figures, dtype=torch.float64)
         dist.all_reduce(found)
-        memory, matmul, attention, link, latency = (found / self.size).tolist()
+        memory, matmul, attention, link, latency, passes = (found / self.size).tolist()
         return Hardware(
             name="cpu", measured=True, memory_gib=8.0, bf16_tflops=matmul / 1e12, fp16_tflops=matmul / 1e12,
             fp32_tflops=matmul / 1e12, matmul_efficiency=1.0, attention_efficiency=attention / matmul,
             memory_efficiency=1.0, link_efficiency=1.0, memory_gb_per_s=memory / 1e9, node_gb_per_s=link / 1e9,
             network_gb_per_s=link / 1e9, node_latency_us=latency * 1e6, network_latency_us=latency * 1e6,
             host_gb_per_s=memory / 1e9, host_memory_gb_per_s=memory / 1e9, watts=50.0, per_node=self.size,
-            overlaps=False,
+            overlaps=False, gather_passes=passes,
         )  # fmt: skip

@@ -89,6 +89,9 @@ def test_a_collective_takes_what_a_ring_moves() -> None:
     assert inside.seconds("all_reduce", 1e9, hardware) == pytest.approx(2 * 7 / 8 / 50 + 6e-6)
     # Two ranks of the group share a node, and so its links: 2 × 10 GB/s, half of it reached.
     assert across.seconds("reduce_scatter", 1e9, hardware) == pytest.approx(15 / 16 / 10 + 15 * 2e-6)
+    twice = replace(hardware, gather_passes=2.0)
+    assert inside.seconds("all_gather", 1e9, twice) == pytest.approx(2 * 7 / 8 / 50 + 7e-6)
+    assert inside.seconds("all_reduce", 1e9, twice) == inside.seconds("all_reduce", 1e9, hardware)
     assert Ring(2, 1).seconds("send", 1e9, hardware) == pytest.approx(1 / 5 + 2e-6)
     assert Ring(1, 1).seconds("all_reduce", 1e9, hardware) == 0.0
 

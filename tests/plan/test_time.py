@@ -169,6 +169,15 @@ def test_adapters_leave_out_the_gradients_of_frozen_weights() -> None:
     assert again == 0
 
 
+def test_products_with_adapters_are_those_of_frozen_weights_and_of_thin_matrices() -> None:
+    """2 forward and 2 for the input's gradient of each frozen weight; 6 of each of an adapter's."""
+    shape = Shape(MODEL, ParallelConfig(), 2, 512, 2, adapters=Adapters(4, (LINEARS[0],)), practice=UNFUSED)
+    frozen, thin = 8 * 12 * 1024**2 + 8192 * 1024, 8 * 4 * (1024 + 3072)
+    attention = 12 * 8 * 1024 * 512
+    found = sum(product.flops for product in whole(parts_of(shape, TRAIN)).products)
+    assert found == pytest.approx(2 * 512 * (4 * frozen + 6 * thin + attention), rel=1e-12)
+
+
 def test_offloading_takes_the_way_to_the_host() -> None:
     near, far = step(), step(offload_optimizer=True)
     assert far.optimizer > 10 * near.optimizer
