@@ -1,4 +1,4 @@
-"""`megakor launch pretrain`, `instruct` and `preflight`: a verb of many ranks on its machines, whatever starts it there.
+"""`megakor launch pretrain`, `instruct` and `preflight`: many ranks on their machines, whatever starts them there.
 
 resolved configuration ─► RUN/launch ─► the command of the cluster's kind ─► watched over, or submitted
 """
