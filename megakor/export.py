@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megakor.config.compose import main
 from megakor.config.schema import ExportConfig
-from megakor.interop import export
+from megakor.interop.huggingface import export
 
 
 def run(config: ExportConfig) -> None:

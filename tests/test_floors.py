@@ -49,7 +49,7 @@ class Import:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.target}"
 
 
-MAINS = {"export", "pretrain", "shard", "train_tokenizer", "__main__"}
+MAINS = {"export", "import_config", "pretrain", "shard", "train_tokenizer", "__main__"}
 
 
 def sources() -> list[Path]:
@@ -245,6 +245,7 @@ def test_files_can_be_read_in_a_sitting() -> None:
         "evaluate.__main__",
         "export",
         "generate.__main__",
+        "import_config",
         "preflight.__main__",
         "simulate.__main__",
     ],

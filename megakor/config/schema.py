@@ -38,6 +38,7 @@ from megakor.config.use_schema import (
     ExportConfig,
     ExportUniversalConfig,
     GenerateConfig,
+    ImportConfig,
     ReportConfig,
     TraceConfig,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "ExportUniversalConfig",
     "GenerateConfig",
     "HealthConfig",
+    "ImportConfig",
     "InstructConfig",
     "JobKind",
     "KubernetesConfig",

@@ -37,6 +37,7 @@ NEEDED = {
     "export": ["run=r", "out=o"],
     "evaluate": ["run=r", "heldout=h"],
     "generate": ["run=r", "prompt=p"],
+    "import-config": ["path=p"],
     "report": ["run=r"],
     "drill": [],
     "launch pretrain": PRETRAIN,

@@ -246,6 +246,9 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ("shard", ["shard_size=0"], "shard_size=0", "be above 0"),
     ("shard", ["num_workers=0"], "num_workers=0", "be above 0"),
     # the others
+    ("import-config", ["path=[]"], "path=[]", "name at least one file"),
+    ("import-config", ["world_size=0"], "world_size=0", "be above 0"),
+    ("import-config", ["format=yaml"], "format=yaml", "be table or json"),
     ("evaluate", ["micro_batch_size=0"], "micro_batch_size=0", "be above 0"),
     ("generate", ["context=맥락"], "context=맥락", "come with a question"),
     ("generate", ["max_new_tokens=0"], "max_new_tokens=0", "be above 0"),
