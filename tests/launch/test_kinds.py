@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,22 @@ def test_templates_are_found() -> None:
     from megakor.launch.folder import template_folder
 
     assert template_folder() == ROOT / "launch"
+
+
+def test_what_deepspeed_gives_remote_shells(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own runner, with a pdsh that shows its arguments. A secret it would hand on, by the beginning of its name."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "pdsh").write_text('#!/bin/sh\nprintf "<%s>\\n" "$@"\n')
+    (folder / "bin" / "pdsh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "열려라참깨")
+    options = ["cluster=deepspeed", "cluster.hostfile=hosts", "cluster.environment.ODD='b c; 한글'"]
+    main([*DEMO, *options, "cluster.secrets=MLFLOW_TRACKING_TOKEN"])
+    line = capsys.readouterr().out
+    shown = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout
+    assert "<-w>\n<node-1,node-2>\n" in shown
+    assert 'export ODD="b c; 한글";' in shown
+    assert "".join(f"<{word}>\n" for word in ranks_command(folder)) in shown
+    assert "열려라참깨" not in line + shown
