@@ -134,8 +134,7 @@ class OverSsh(Launcher):
         exports = [word for name, value in {**variables, **meeting}.items() for word in ("-x", f"{name}={value}")]
         interface = self.cluster.interface
         only = ["--mca", "oob_tcp_if_include", interface, "--mca", "btl_tcp_if_include", interface] if interface else []
-        root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        start = [program("mpirun", "it comes with Open MPI (Debian: apt-get install openmpi-bin)"), *root,
-                 "--hostfile", file, "-np", str(sum(map(len, used.values()))), "--map-by", "slot", "--bind-to", "none",
+        start = [program("mpirun", "it comes with Open MPI (Debian: apt-get install openmpi-bin)"), "--hostfile",
+                 file, "-np", str(sum(map(len, used.values()))), "--map-by", "slot", "--bind-to", "none",
                  "--mca", "plm_rsh_args", shlex.join(ssh_options()), *only, *exports]  # fmt: skip
         return Command([*start, sys.executable, "-u", "-m", *words], without=self.cluster.secrets)

@@ -49,6 +49,7 @@ class Launch:
         self.command = [sys.executable, "-m", "megakor", "launch", "pretrain", *words]
         self.environment = {
             **os.environ, **ssh, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", NAME: SECRET,
+            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         }  # fmt: skip
         self.seen: set[str] = set()
 
