@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megakor.config.compose import main
 from megakor.config.schema import ExportConfig
-from megakor.interop import export, export_adapters
+from megakor.interop.adapters import export_adapters
+from megakor.interop.huggingface import export
 
 
 def run(config: ExportConfig) -> None:

@@ -6,6 +6,7 @@ The processes are forked from a server that has DeepSpeed imported already, so a
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -81,6 +82,7 @@ def _rank(
     from megakor.train.device import end_process_group, start_process_group
 
     torch.set_num_threads(1)
+    gc.freeze()  # as the mains do: DeepSpeed collects six times for every engine, and would walk all imports
     try:
         start_process_group(timeout_minutes=2)
         result = function(*args)

@@ -24,6 +24,7 @@ FLOORS = {
         "interop",
         "plan",
         "launch",
+        "preflight",
         "report",
         "simulate",
         "trace",
@@ -48,7 +49,7 @@ class Import:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.target}"
 
 
-MAINS = {"export", "pretrain", "shard", "train_tokenizer", "__main__"}
+MAINS = {"export", "import_config", "pretrain", "shard", "train_tokenizer", "__main__"}
 
 
 def sources() -> list[Path]:
@@ -238,7 +239,16 @@ def test_files_can_be_read_in_a_sitting() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["checkpoint.__main__", "demo.__main__", "evaluate.__main__", "export", "generate.__main__", "simulate.__main__"],
+    [
+        "checkpoint.__main__",
+        "demo.__main__",
+        "evaluate.__main__",
+        "export",
+        "generate.__main__",
+        "import_config",
+        "preflight.__main__",
+        "simulate.__main__",
+    ],
 )
 def test_verbs_that_answer_on_standard_output_start_without_deepspeed(module: str) -> None:
     """DeepSpeed logs to standard output from its import on."""

@@ -20,6 +20,7 @@ from megakor.config.schema import (
     EngineConfig,
     EvaluateConfig,
     GenerateConfig,
+    ImportConfig,
     InstructConfig,
     LoraConfig,
     ModelConfig,
@@ -28,6 +29,7 @@ from megakor.config.schema import (
     PairsConfig,
     ParallelConfig,
     Precision,
+    PreflightConfig,
     PretrainConfig,
     ShardConfig,
     SimulateConfig,
@@ -44,6 +46,7 @@ from megakor.config.verb_checks import (
     check_drill,
     check_evaluate,
     check_generate,
+    check_import_config,
     check_shard,
     check_trace,
     check_train_tokenizer,
@@ -278,6 +281,15 @@ def check_simulate(config: SimulateConfig) -> None:
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
 
 
+def check_preflight(config: PreflightConfig) -> None:
+    check_pretrain(config)
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+    for name in ("wait_seconds", "watts"):
+        positive(name, getattr(config, name))
+    share("slow_below", config.slow_below, high_open=True)
+    require((config.out is None) == (config.watts is None), "out", config.out, "come with watts, or neither")
+
+
 def check_pairs(pairs: PairsConfig) -> None:
     share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
     positive("pairs.max_pairs", pairs.max_pairs)
@@ -306,10 +318,12 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     TrainTokenizerConfig: check_train_tokenizer,
     ShardConfig: check_shard,
     PretrainConfig: check_pretrain,
+    PreflightConfig: check_preflight,
     SimulateConfig: check_simulate,
     InstructConfig: check_instruct,
     EvaluateConfig: check_evaluate,
     GenerateConfig: check_generate,
+    ImportConfig: check_import_config,
     TraceConfig: check_trace,
     CheckpointListConfig: check_checkpoint_list,
     CheckpointVerifyConfig: check_checkpoint_verify,

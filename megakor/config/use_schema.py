@@ -98,6 +98,19 @@ class ExportUniversalConfig:
 
 
 @dataclass
+class ImportConfig:
+    """Write GPT-NeoX's configuration as an experiment of ours, and list what becomes of every key."""
+
+    path: list[str] = key(help="GPT-NeoX's YAML file, or several, which are merged")
+    out: str = key(".", help="folder for --config-dir; the experiment is written to experiment/<name>.yaml in it")
+    name: str | None = key(None, help="name of the experiment; null: that of the first file")
+    world_size: int | None = key(
+        None, help="GPUs, to work out batch sizes; null: global_num_gpus, or num_nodes × num_gpus", unit="ranks"
+    )
+    format: str = key("table", help="what to print: table, or json: one object")
+
+
+@dataclass
 class ReportConfig:
     """One self-contained HTML page about a run."""
 

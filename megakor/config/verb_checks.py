@@ -14,6 +14,7 @@ from megakor.config.schema import (
     DrillConfig,
     EvaluateConfig,
     GenerateConfig,
+    ImportConfig,
     ShardConfig,
     TraceConfig,
     TrainTokenizerConfig,
@@ -53,6 +54,12 @@ def check_generate(config: GenerateConfig) -> None:
     positive("temperature", config.temperature, allow_zero=True)
     positive("num_samples", config.num_samples)
     share("top_p", config.top_p, low_open=True)
+
+
+def check_import_config(config: ImportConfig) -> None:
+    require(bool(config.path), "path", config.path, "name at least one file")
+    positive("world_size", config.world_size)
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
 
 
 def check_trace(config: TraceConfig) -> None:

@@ -17,6 +17,7 @@ from megakor.instruct.adapters import adapter_entry, check_adapters
 from megakor.instruct.pairs import read_pairs, split
 from megakor.instruct.stream import HeldoutPairs, PairStream, tokenise
 from megakor.instruct.template import FILE, chat_template
+from megakor.preflight.flight import preflight
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine
 from megakor.train.loop import train
@@ -38,7 +39,9 @@ def run(config: InstructConfig) -> None:
 
     With adapters the base's weights are read at every start: the run's checkpoints hold the adapters alone.
     """
+    check_machines = preflight(config)
     with process_group(config) as dims, ExitStack() as stack:
+        check_machines()
         base = resolve(config.base)
         if run_of(base).resolve() == Path(config.run).resolve():
             raise ValueError(f"run={config.run} must be another folder than base={config.base}")

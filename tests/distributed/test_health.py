@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import megakor.checkpoint.save as saving
 from megakor.checkpoint.format import committed
 from megakor.checkpoint.reader import newest_whole
 from megakor.config.schema import OnSpike, PretrainConfig
@@ -86,12 +87,28 @@ def run_with(config: PretrainConfig, trouble: Trouble) -> tuple[str | None, list
         Engine.train_step = real  # type: ignore[method-assign]
 
 
+def run_pruning_slowly(config: PretrainConfig, trouble: Trouble) -> tuple[str | None, list[str]]:
+    """The same; what removes old checkpoints is late."""
+    real = saving.prune
+
+    def late(*arguments: Any) -> list[Path]:
+        time.sleep(0.5)
+        return real(*arguments)
+
+    saving.prune = late  # type: ignore[assignment]
+    try:
+        return run_with(config, trouble)
+    finally:
+        saving.prune = real
+
+
 def run_both(configs: list[tuple[PretrainConfig, Trouble | None]]) -> list[tuple[str | None, list[str]]]:
     return [run_with(config, trouble) if trouble else run_job(Job(config)) for config, trouble in configs]
 
 
 TP2 = {"parallel__tensor_parallel_size": 2}
 STEPS: dict[str, Any] = {"checkpoint__interval": 4, "evaluation__interval": 12, "train__num_steps": 12}
+ACT: dict[str, Any] = {"health__on_spike": OnSpike.act, "health__spike_window": 4, "health__spike_threshold": 20.0}
 WHY = {"signal": "SIGTERM", "usr1": "SIGUSR1", "file": "the file STOP"}
 
 
@@ -103,7 +120,6 @@ def ran(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     def config(name: str, **changes: Any) -> PretrainConfig:
         return configuration(made, folder / name, **STEPS | changes)
 
-    act = {"health__on_spike": OnSpike.act, "health__spike_window": 4, "health__spike_threshold": 20.0}
     jobs: dict[str, tuple[PretrainConfig, Trouble | None]] = {"whole": (config("whole"), None)}
     for kind, rank in (("signal", 1), ("usr1", 0), ("file", 1)):
         jobs[f"{kind} 1"] = (config(kind), Trouble(kind, 5, rank))
@@ -114,10 +130,10 @@ def ran(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
         "bit unseen": (config("bit unseen", **zero(0)), Trouble("bit", 6)),
         "tensor": (config("tensor", health__replica_check_interval=3, **TP2), Trouble("master", 6)),
         "sound": (config("sound", health__replica_check_interval=3, **TP2), None),
-        "warned": (config("warned", **act | {"health__on_spike": OnSpike.warn}), Trouble("spike", 9)),
-        "spike": (config("spike", **act), Trouble("spike", 9)),
-        "spike again": (config("spike again", health__roll_back_limit=1, **act), Trouble("spike", 9, times=2)),
-        "early": (config("early", health__spike_skip=9, **act), Trouble("spike", 9)),
+        "warned": (config("warned", **ACT | {"health__on_spike": OnSpike.warn}), Trouble("spike", 9)),
+        "spike": (config("spike", **ACT), Trouble("spike", 9)),
+        "spike again": (config("spike again", health__roll_back_limit=1, **ACT), Trouble("spike", 9, times=2)),
+        "early": (config("early", health__spike_skip=9, **ACT), Trouble("spike", 9)),
         "skipped": (config("skipped", data__skip=[[64, 80]]), None),
     }  # fmt: skip
     answers, _ = run_ranks(run_both, 2, list(jobs.values()))
@@ -198,6 +214,15 @@ def test_a_spike_is_gone_back_before(ran: tuple[Path, dict]) -> None:
     assert expected is not None
     for file in expected.glob("*.safetensors"):
         assert (newest / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_checkpoint_that_is_being_removed_is_not_gone_back_to(made: Made, tmp_path: Path) -> None:
+    """At the spike of step 11 the restart checkpoint of step 9 is on its way out, since that of step 10 is whole."""
+    keys = {"checkpoint__restart_interval": 1, **ACT, **STEPS}
+    config = configuration(made, tmp_path / "run", **keys)
+    ((error, _),) = run_ranks(run_pruning_slowly, 1, config, Trouble("spike", 10, rank=0))
+    assert error is None, error
+    assert [(s.step, s.rolled_back_to) for s in read_skips(tmp_path / "run")] == [(11, 8)]
 
 
 def test_no_oftener_than_allowed_and_not_without_a_checkpoint(ran: tuple[Path, dict]) -> None:

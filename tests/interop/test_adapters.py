@@ -37,7 +37,8 @@ from megakor.generate.speaker import Speaker
 from megakor.instruct import __main__ as instruct
 from megakor.instruct.pairs import read_pairs, split
 from megakor.instruct.stream import PairStream, tokenise
-from megakor.interop import export, export_adapters
+from megakor.interop.adapters import export_adapters
+from megakor.interop.huggingface import export
 from megakor.model.lora import adapter_specs
 from megakor.model.parameters import initial_value
 from megakor.tokenizer.tokenizer import Tokenizer

@@ -17,8 +17,9 @@ from megakor.checkpoint.format import CheckpointManifest, FileEntry, step_folder
 from megakor.checkpoint.reader import load_model
 from megakor.config.schema import ExportConfig, Precision
 from megakor.files import sha256_of
-from megakor.interop import export, huggingface, self_check
-from megakor.interop.self_check import PROBES, same_greedy
+from megakor.interop import huggingface
+from megakor.interop.huggingface import export
+from megakor.interop.self_check import PROBES, same_greedy, self_check
 from megakor.tokenizer.tokenizer import Tokenizer
 from tests.interop.conftest import MODEL, generated_lines, write_run
 
