@@ -18,6 +18,7 @@ from megakor.model.specs import parameter_specs
 from megakor.parallel.dims import ParallelDims
 from megakor.parallel.groups import Groups
 from megakor.parallel.layers import ShardedLayers
+from megakor.parallel.tensor import TensorRegion
 from tests.model.configs import small
 from tests.parallel.shards import Piece, Tensors, value
 from tests.ranks import run_ranks
@@ -136,6 +137,15 @@ def run_program(name: str, layers: Layers, piece: Piece) -> Tensors:
     if states.is_floating_point():
         gradients["input"] = states.grad
     return {"output": output.detach(), **gradients}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_column_keeps_no_input(alone: None, frozen: bool) -> None:
+    states, weight = torch.ones(1, 2, 3, requires_grad=True), torch.ones(4, 3, requires_grad=not frozen)
+    output = TensorRegion(dist.group.WORLD, sequence_parallel=True).column(states, weight)
+    kept_states, kept_weight = output.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert kept_weight is weight
+    assert (kept_states is None) is frozen
 
 
 MODELS = {
