@@ -36,7 +36,7 @@ from tests.plan.machine import LAYOUTS, MEASURED, MODEL, SEQUENCE_LENGTH, Layout
 from tests.ranks import run_ranks
 from tests.resident import give_back_freed_blocks, keep_freed_blocks, peak_resident_size, resident_size
 
-TIMED_STEPS = 3
+TIMED_STEPS = 2
 
 
 def run(layout: Layout, precision: Precision) -> tuple[int, float, float, Hardware]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megakor.cli import main
 from megakor.plan.hardware import find_hardware
-from tests.config.commands import ROOT
+from tests.config.commands import ROOT, command
 from tests.distributed.runs import Made
 from tests.ranks import free_port
 
@@ -105,3 +106,28 @@ def test_a_run_with_launch_preflight_names_the_fault(module: str, made: Made, tm
         assert "rank 1: GLOO_SOCKET_IFNAME=none7 (cluster.interface) must be an interface that is up" in err
         assert "Traceback" not in err
     assert not run.exists()
+
+
+def launched(made: Made, run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """`megakor launch preflight` on two ranks of this machine."""
+    arguments = ["preflight", *run_arguments(made, run), "launch.num_ranks=2", "slow_below=0.02", "format=json", *more]
+    return command("-m", "megakor", "launch", *arguments, env={"DS_ACCELERATOR": "cpu"})
+
+
+def test_launched(made: Made, tmp_path: Path) -> None:
+    """The launcher's ranks print to standard output, and their status is the command's."""
+    done = launched(made, tmp_path / "실행")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert report["faults"] == []
+    assert (tmp_path / "실행/launch/config.yaml").read_text().startswith("defaults:\n- preflight_schema\n")
+    done = launched(made, tmp_path / "실행", f"data.train={tmp_path}")
+    assert done.returncode != 0
+    report = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert str(tmp_path) in "".join(report["faults"])
+
+
+def test_a_job_is_not_launched_for_a_preflight(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", "preflight", *run_arguments(made, tmp_path / "run"), "cluster=slurm", "cluster.num_nodes=2"])
+    assert "cluster.kind=slurm must be one whose ranks start from here" in capsys.readouterr().err
