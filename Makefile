@@ -54,6 +54,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]  # 5: none of them is asked for
 	$(BIN)/python -m pytest -m 'not alone' -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# What tests find missing they say when they skip.
 test-cluster: $(VENV)/.installed-test
 	@[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || { \
 	  export DEBIAN_FRONTEND=noninteractive; get="apt-get -qq install -y --no-install-recommends --no-upgrade"; \

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.cluster.hosts import Cluster
 from tests.cluster.training import NUM_STEPS, assert_as_undisturbed, launch, ranks, starts
 from tests.distributed.runs import Made
@@ -53,8 +51,8 @@ def test_a_node_dies(cluster: Callable[[int], Cluster], made: Made, undisturbed:
 
 def test_a_cable_is_pulled(cluster: Callable[[int], Cluster], made: Made, undisturbed: Path, tmp_path: Path) -> None:
     """No connection ends, so that all hang: the run is ended by its watchdog, and goes on without the silent node."""
-    hosts, run = cluster(3), tmp_path / "훈련"
-    words = hostfile(tmp_path / "hosts", {"node-1": 1, "node-2": 1, "node-3": 1})
+    hosts, run = cluster(2), tmp_path / "훈련"
+    words = hostfile(tmp_path / "hosts", {"node-1": 1, "node-2": 1})
     quick = ["health.hang_seconds=5", "launch.restarts=3", "launch.elastic=true"]
     patience = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=3"}
     started = launch(hosts[1], made, run, *words, *quick, env=patience)
@@ -63,7 +61,7 @@ def test_a_cable_is_pulled(cluster: Callable[[int], Cluster], made: Made, undist
     pulled = time.monotonic()
     started.until(step=NUM_STEPS - 10, starts=2)
     print(f"{time.monotonic() - pulled:.1f} s from the pulled cable to the steps of the next start")
-    started.finishes(world_size=2)
+    started.finishes(world_size=1)
     assert "rank 1" in started.said()
     assert_as_undisturbed(run, undisturbed)
 
@@ -81,18 +79,18 @@ def test_one_command_on_each_host(
     assert_as_undisturbed(run, undisturbed)
 
 
-@pytest.mark.parametrize("why", ["no such name", "silent"])
-def test_a_host_that_cannot_be_reached(cluster: Callable[[int], Cluster], made: Made, tmp_path: Path, why: str) -> None:
-    """One line says so, in seconds, and nothing is started anywhere."""
+def test_hosts_that_cannot_be_reached(cluster: Callable[[int], Cluster], made: Made, tmp_path: Path) -> None:
+    """One line names the one that does not answer and the one that has no address, in seconds; nothing is started."""
     hosts, run = cluster(2), tmp_path / "훈련"
-    bad = "node-9" if why == "no such name" else "node-2"
     hosts.unplug("node-2")
+    words = hostfile(tmp_path / "hosts", {"node-1": 1, "node-2": 1, "node-9": 1})
     begin = time.monotonic()
-    started = launch(hosts[1], made, run, *hostfile(tmp_path / "hosts", {"node-1": 1, bad: 1}), "launch.restarts=3")
+    started = launch(hosts[1], made, run, *words, "launch.restarts=3")
     assert started.wait() != 0
     assert time.monotonic() - begin < 20, started.said()
     (error,) = [line for line in started.said().splitlines() if "error:" in line]
-    assert bad in error
-    assert "launch.elastic=true" in error
+    for told in ("node-2", "node-9", "launch.elastic=true"):
+        assert told in error
+    assert "node-1" not in error
     assert "Traceback" not in started.said()
     assert not (run / "metrics.jsonl").exists()

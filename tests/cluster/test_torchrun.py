@@ -11,8 +11,12 @@ from tests.distributed.runs import Made
 
 
 def test_two_hosts(cluster: Callable[[int], Cluster], made: Made, undisturbed: Path, tmp_path: Path) -> None:
+    """Their own names mean loopback addresses there, which `cluster.interface` makes good, as a preflight confirms."""
     hosts, run = cluster(2), tmp_path / "훈련"
-    words = ["cluster=torchrun", "cluster.num_nodes=2", "cluster.ranks_per_node=1", "cluster.master_address=node-1"]
+    for host in hosts:
+        host.name_as_debian_does()
+    words = ["cluster=torchrun", "cluster.num_nodes=2", "cluster.ranks_per_node=1", "cluster.master_address=node-1",
+             "launch.preflight=true"]  # fmt: skip
     first, second = (launch(host, made, run, *words, f"cluster.node_rank={node}") for node, host in enumerate(hosts))
     first.until(step=3)
     assert {name: len(found) for name, found in ranks(hosts).items()} == {"node-1": 1, "node-2": 1}
