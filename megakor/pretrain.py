@@ -16,6 +16,7 @@ from megakor.data.manifest import check_files
 from megakor.data.stream import PretrainStream, prefetcher, pretrain_stream
 from megakor.model.specs import resolve_vocabulary
 from megakor.parallel.together import on_first_rank
+from megakor.preflight.flight import preflight
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.device import local_world_size
 from megakor.train.engine import Engine
@@ -35,7 +36,9 @@ from megakor.train.values import SeededValues, Values
 
 def run(config: PretrainConfig) -> None:
     """Train to `train.num_steps`, from the newest whole checkpoint of the run folder or from the seed."""
+    check_machines = preflight(config)
     with process_group(config) as dims:
+        check_machines()
         there = bring_back(config)
         tokenizer = Tokenizer.load(config.data.tokenizer)
         run, size = Path(config.run), config.train

@@ -82,7 +82,7 @@ def checked(command: str) -> Any:
         assert launcher.module, command
         assert launcher.no_local_rank, command
         verb, arguments = launcher.user_script.removeprefix("megakor.").replace("_", "-"), launcher.user_args
-        assert verb in ("pretrain", "instruct"), command
+        assert verb in ("pretrain", "instruct", "preflight"), command
     else:
         assert words[0] == "megakor", f"{command}: an unknown command"
         found, arguments = find_verb(words[1:])

@@ -24,6 +24,7 @@ FLOORS = {
         "interop",
         "plan",
         "launch",
+        "preflight",
         "report",
         "simulate",
         "trace",
@@ -245,6 +246,7 @@ def test_files_can_be_read_in_a_sitting() -> None:
         "export",
         "generate.__main__",
         "import_config",
+        "preflight.__main__",
         "simulate.__main__",
     ],
 )

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from megakor.config.data_checks import check_data
 from megakor.config.plan_checks import check_accelerators
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
@@ -15,7 +16,6 @@ from megakor.config.schema import (
     CheckpointPruneConfig,
     CheckpointVerifyConfig,
     CorpusConfig,
-    DataConfig,
     DemoConfig,
     DrillConfig,
     EngineConfig,
@@ -32,6 +32,7 @@ from megakor.config.schema import (
     PlanConfig,
     PlanSearchConfig,
     Precision,
+    PreflightConfig,
     PretrainConfig,
     ShardConfig,
     SimulateConfig,
@@ -235,38 +236,6 @@ def check_fit(config: EngineConfig, model: ModelConfig) -> None:
     require(config.train.sequence_length <= longest, "train.sequence_length", config.train.sequence_length, rule)
 
 
-def check_weights(key: str, weights: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise unless there is a weight for each source, none negative and not all 0."""
-    require(set(weights) == set(names), key, dict(weights), f"have one weight for each of data.sources: {list(names)}")
-    fits = all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in weights.values())
-    require(fits and any(weights.values()), key, dict(weights), "be numbers that are not negative, and not all 0")
-
-
-def check_data(data: DataConfig) -> None:
-    """The rules of what is trained on."""
-    given = [name for name in ("train", "sources", "dataset") if getattr(data, name) not in (None, {})]
-    if len(given) != 1:
-        rule = f"must be given, not {' and '.join(given) or 'none'}"
-        raise ValueError(f"one of data.train=, data.sources= and data.dataset= {rule}")
-    positive("data.shuffle_buffer", data.shuffle_buffer, allow_zero=True)
-    names = list(data.named_sources)
-    if data.weights:
-        check_weights("data.weights", data.weights, data.sources)
-        rule = "be 1 with data.weights, which say all"
-        require(data.temperature == 1, "data.temperature", data.temperature, rule)
-    for tokens, weights in data.curriculum.items():
-        require(tokens > 0, "data.curriculum", tokens, "have keys above 0; data.weights hold from the start")
-        check_weights(f"data.curriculum.{tokens}", weights, data.sources)
-    for name, epochs in data.max_epochs.items():
-        require(name in names, "data.max_epochs", name, f"name one of data.sources: {names}")
-        positive(f"data.max_epochs.{name}", epochs)
-    for key in ("temperature", "num_streams", "shuffle_window", "cache_size"):
-        positive(f"data.{key}", getattr(data, key))
-    for window in data.skip:
-        fits = len(window) == 2 and 0 <= window[0] < window[1]
-        require(fits, "data.skip", window, "be [first, one after the last]")
-
-
 def check_pretrain(config: PretrainConfig) -> None:
     check_engine(config)
     check_fit(config, config.model)
@@ -305,6 +274,15 @@ def check_plan_search(config: PlanSearchConfig) -> None:
     require(config.cluster.gpus is not None, "cluster.gpus", config.cluster.gpus, "be given: 256xa100-80g and the like")
 
 
+def check_preflight(config: PreflightConfig) -> None:
+    check_pretrain(config)
+    require(config.format in ("table", "json"), "format", config.format, "be table or json")
+    for name in ("wait_seconds", "watts"):
+        positive(name, getattr(config, name))
+    share("slow_below", config.slow_below, high_open=True)
+    require((config.out is None) == (config.watts is None), "out", config.out, "come with watts, or neither")
+
+
 def check_pairs(pairs: PairsConfig) -> None:
     share("pairs.validation_ratio", pairs.validation_ratio, high_open=True)
     positive("pairs.max_pairs", pairs.max_pairs)
@@ -325,6 +303,7 @@ CHECKS: dict[type, Callable[[Any], None]] = {
     TrainTokenizerConfig: check_train_tokenizer,
     ShardConfig: check_shard,
     PretrainConfig: check_pretrain,
+    PreflightConfig: check_preflight,
     SimulateConfig: check_simulate,
     PlanConfig: check_plan,
     PlanSearchConfig: check_plan_search,

@@ -82,6 +82,7 @@ __all__ = [
     "PlanConfig",
     "PlanSearchConfig",
     "Precision",
+    "PreflightConfig",
     "PretrainConfig",
     "ReportConfig",
     "ScheduleConfig",
@@ -238,6 +239,19 @@ class SimulateConfig(PretrainConfig):
 
     world_size: int | None = key(None, help="processes; null: as few as the layout's sizes need", unit="ranks")
     format: str = key("table", help="what to print: table or json")
+
+
+@dataclass
+class PreflightConfig(PretrainConfig):
+    """Check the machines of a pretraining run, on all its ranks, before anything is built."""
+
+    format: str = key("table", help="what to print: table or json")
+    wait_seconds: float = key(30.0, help="how long ranks wait for each other at the start", unit="s")
+    slow_below: float = key(0.7, help="share of the others' median; devices and links below it are faults")
+    out: str | None = key(None, help="write the measured rates there, a YAML file that plan takes as hardware")
+    watts: float | None = key(
+        None, help="with out: power of a device with its share of the node, which is not measured", unit="W"
+    )
 
 
 @dataclass

@@ -44,9 +44,10 @@ class HealthConfig:
 
 @dataclass
 class LaunchConfig:
-    """How `megakor launch` starts a run, and starts it again; the run itself does not look at it."""
+    """How `megakor launch` starts a run, and starts it again; the run itself looks at `preflight` alone."""
 
     num_ranks: int | None = key(None, help="processes; null: one for each accelerator, on a CPU one", unit="ranks")
     restarts: int = key(0, help="times that a run which failed is started again; twice at the same step ends it")
     pause_seconds: float = key(10.0, help="before the first restart; twice as long before each further one", unit="s")
     elastic: bool = key(False, help="go on with fewer ranks where num_ranks have no room any more")
+    preflight: bool = key(False, help="check the machines on all ranks, as megakor preflight does, before each start")

@@ -46,6 +46,7 @@ VERBS = {
         Verb("corpus", schema.CorpusConfig, "gather raw text into one corpus with a held-out split"),
         Verb("train-tokenizer", schema.TrainTokenizerConfig, "train a SentencePiece tokenizer"),
         Verb("shard", schema.ShardConfig, "tokenise text into Megatron .bin/.idx shards"),
+        Verb("preflight", schema.PreflightConfig, "check the machines of a run on all ranks, before it is built"),
         Verb("pretrain", schema.PretrainConfig, "train a model from scratch with DeepSpeed"),
         Verb("launch pretrain", schema.PretrainConfig, "pretrain under the launcher, and start again after a failure"),
         Verb("launch instruct", schema.InstructConfig, "the same for instruct"),

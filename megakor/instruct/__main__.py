@@ -16,6 +16,7 @@ from megakor.files import atomic_write
 from megakor.instruct.pairs import read_pairs, split
 from megakor.instruct.stream import HeldoutPairs, PairStream, tokenise
 from megakor.instruct.template import FILE, chat_template
+from megakor.preflight.flight import preflight
 from megakor.tokenizer.tokenizer import Tokenizer
 from megakor.train.engine import Engine
 from megakor.train.loop import train
@@ -33,7 +34,9 @@ from megakor.train.training import Training
 
 def run(config: InstructConfig) -> None:
     """Train to `train.num_steps`, from the run folder's own newest checkpoint or from the base's weights."""
+    check_machines = preflight(config)
     with process_group(config) as dims, ExitStack() as stack:
+        check_machines()
         base = resolve(config.base)
         if run_of(base).resolve() == Path(config.run).resolve():
             raise ValueError(f"run={config.run} must be another folder than base={config.base}")

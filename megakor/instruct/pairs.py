@@ -81,13 +81,18 @@ def rows(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
                 yield number, ValueError(f"broken JSON ({error})")
 
 
+def pair_files(config: PairsConfig) -> list[str]:
+    """The configured files, or the sample's own."""
+    return expand(config.files) if config.files else [sample_pairs_file()]
+
+
 def read_pairs(config: PairsConfig) -> list[Pair]:
     """Every pair of the configured files, duplicates dropped, in file order.
 
     Raises:
         ValueError: a row is unusable and `pairs.on_error=stop`, or nothing is left.
     """
-    paths = expand(config.files) if config.files else [sample_pairs_file()]
+    paths = pair_files(config)
     found: dict[Pair, None] = {}
     skipped = 0
     for path in paths:

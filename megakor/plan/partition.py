@@ -62,7 +62,7 @@ class Stage:
     Attributes:
         number: of the stage, from 0.
         layers: that it holds.
-        parameters: that one of its ranks holds.
+        parameters: that one of its ranks holds, a tied one once.
         largest: of them, those of the largest tensor.
     """
 
@@ -73,8 +73,8 @@ class Stage:
 
     @classmethod
     def of(cls, number: int, layers: Sequence[Layer], tensor: int) -> Stage:
-        sizes = [spec.shard_numel(tensor) for layer in layers for spec in layer.parameters]
-        return cls(number, tuple(layers), sum(sizes), max(sizes))
+        sizes = {spec.name: spec.shard_numel(tensor) for layer in layers for spec in layer.parameters}
+        return cls(number, tuple(layers), sum(sizes.values()), max(sizes.values()))
 
     @property
     def held(self) -> StageLayers:

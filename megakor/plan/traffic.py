@@ -74,8 +74,6 @@ def stage_traffic(
 ) -> list[Traffic]:
     """What a rank of a stage puts into collectives and sends in a step.
 
-    Sums of the loss and of biases, which are small, are left out.
-
     Args:
         trained: parameters of the rank that have gradients; None: all.
     """

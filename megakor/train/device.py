@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -74,15 +74,47 @@ def num_slots(wanted: int | None) -> int:
     return (wanted or 1) if is_cpu() else get_accelerator().device_count()
 
 
+def num_devices() -> int:
+    """Accelerators that this process sees; 0 on a CPU."""
+    return 0 if is_cpu() else get_accelerator().device_count()
+
+
+def device_name() -> str:
+    """What this rank's device is called, such as `NVIDIA H100 80GB HBM3`; on a CPU its number of cores."""
+    if is_cpu():
+        return f"{len(os.sched_getaffinity(0))} cores"
+    return torch.get_device_module(device()).get_device_name(device())
+
+
+def device_memory() -> tuple[int, int]:
+    """Bytes of this rank's device, free and in all; on a CPU the host's."""
+    index = None if is_cpu() else device().index
+    return get_accelerator().available_memory(index), get_accelerator().total_memory(index)
+
+
+def communication_library() -> str:
+    """What collectives run on, with its version where it has one of its own, such as `nccl 2.27.3`."""
+    if is_cpu():
+        return "gloo"
+    backend = get_accelerator().communication_backend_name()
+    module = getattr(torch.get_device_module(device()), backend, None)
+    return f"{backend} {'.'.join(map(str, module.version()))}" if module is not None else backend
+
+
+def take_place() -> bool:
+    """Set what a launcher sets where there is none; whether this process stands alone, without one."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    return os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+
+
 def start_process_group(timeout_minutes: float = 30.0) -> None:
     """Join the run's process group; every rank calls. Without a launcher the process is a group of one.
 
     On CPUs the ranks of a node share its cores, unless OMP_NUM_THREADS says otherwise.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+    alone = take_place()
     if is_cpu() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -140,21 +172,68 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
-def measure_peak_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -> float:
-    """Matmul rate of all ranks together, TFLOP/s; every rank calls, and all measure at once.
+def wait_for_device() -> None:
+    """Return when this rank's device has done what it was given; at once on a CPU."""
+    get_accelerator().synchronize()
+
+
+def fastest(work: Callable[[], object], seconds: float) -> float:
+    """Seconds that work takes on this rank's device: the least of as many times as fit into `seconds`, at least one."""
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    wait_for_device()
+    while True:
+        start = time.perf_counter()
+        work()
+        wait_for_device()
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() >= deadline:
+            return best
+
+
+def matmul_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -> float:
+    """This rank's matmul rate, TFLOP/s.
 
     The best of square matmuls of `size` on CPUs and 8 × `size` elsewhere, in the run's arithmetic.
     """
     side = size if is_cpu() else 8 * size
     left = torch.randn(side, side, device=device(), dtype=DTYPES[precision])
     right = torch.randn(side, side, device=device(), dtype=DTYPES[precision])
-    best, deadline = float("inf"), time.perf_counter() + seconds
+    return 2.0 * side**3 / fastest(lambda: left @ right, seconds) / 1e12
+
+
+def attention_tflops(precision: Precision, heads: int, length: int, head_dim: int, seconds: float = 0.5) -> float:
+    """This rank's rate in causal attention of one sequence, forward and backward, the masked half not counted."""
+    shape = (1, heads, length, head_dim)
+    query, key, value = (
+        torch.randn(shape, device=device(), dtype=DTYPES[precision], requires_grad=True) for _ in range(3)
+    )
+    gradient = torch.ones(shape, device=device(), dtype=DTYPES[precision])
+
+    def both() -> None:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).backward(gradient)
+
+    # Two products forward and five backward, each of length² / 2 · head_dim multiplications and additions a head.
+    return 7.0 * heads * length**2 * head_dim / fastest(both, seconds) / 1e12
+
+
+def copy_gb_per_s(seconds: float = 0.5, num_bytes: int = 2**26) -> tuple[float, float, float]:
+    """GB/s of this rank's device memory (read and written), of the link from the host to it, and of the host's memory.
+
+    On a CPU the three are one.
+    """
+    host = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2)]
+    in_host = 2 * num_bytes / fastest(lambda: host[1].copy_(host[0]), seconds) / 1e9
+    if is_cpu():
+        return in_host, in_host, in_host
+    there = [torch.ones(num_bytes, dtype=torch.uint8, device=device()) for _ in range(2)]
+    pinned = get_accelerator().pin_memory(host[0])
+    link = num_bytes / fastest(lambda: there[0].copy_(pinned, non_blocking=True), seconds) / 1e9
+    return 2 * num_bytes / fastest(lambda: there[1].copy_(there[0]), seconds) / 1e9, link, in_host
+
+
+def measure_peak_tflops(precision: Precision, seconds: float = 1.0, size: int = 768) -> float:
+    """Matmul rate of all ranks together, TFLOP/s; every rank calls, and all measure at once. As `matmul_tflops`."""
     dist.barrier()
-    while time.perf_counter() < deadline:
-        start = time.perf_counter()
-        left @ right
-        get_accelerator().synchronize()
-        best = min(best, time.perf_counter() - start)
-    rate = torch.tensor([2.0 * side**3 / best / 1e12], device=device())
+    rate = torch.tensor([matmul_tflops(precision, seconds, size)], device=device())
     dist.all_reduce(rate)
     return rate.item()

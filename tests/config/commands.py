@@ -25,6 +25,7 @@ NEEDED = {
     "corpus": ["out=o"],
     "train-tokenizer": ["inputs=a", "out=o"],
     "shard": ["inputs=a", "tokenizer=t", "out=o"],
+    "preflight": PRETRAIN,
     "pretrain": PRETRAIN,
     "simulate": PRETRAIN,
     "plan": ["model.vocab_size=256"],

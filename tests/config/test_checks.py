@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megakor.config import checks, plan_checks, verb_checks
+from megakor.config import checks, data_checks, plan_checks, verb_checks
 from megakor.config.checks import OWNED_DEEPSPEED_KEYS, check, check_fit
 from tests.config.commands import NEEDED, composed, quickly_composed
 
@@ -163,6 +163,11 @@ BAD: list[tuple[str, list[str], str, str]] = [
     ("pretrain", ["launch.num_ranks=0"], "launch.num_ranks=0", "be above 0"),
     ("pretrain", ["launch.restarts=-1"], "launch.restarts=-1", "be at least 0"),
     ("pretrain", ["launch.pause_seconds=-1"], "launch.pause_seconds=-1.0", "be at least 0"),
+    ("preflight", ["format=xml"], "format=xml", "be table or json"),
+    ("preflight", ["wait_seconds=0"], "wait_seconds=0.0", "be above 0"),
+    ("preflight", ["slow_below=1"], "slow_below=1.0", "lie in [0, 1)"),
+    ("preflight", ["out=h.yaml"], "out=h.yaml", "come with watts"),
+    ("preflight", ["out=h.yaml", "watts=0"], "watts=0.0", "be above 0"),
     ("evaluate", ["cache_size=0"], "cache_size=0", "be above 0"),
     ("drill", ["faults=0"], "faults=0", "be above 0"),
     ("drill", ["patience_seconds=0"], "patience_seconds=0.0", "be above 0"),
@@ -300,7 +305,7 @@ def test_what_instruct_learns_from_its_base_is_checked_too() -> None:
 def test_every_rule_is_broken_by_a_test() -> None:
     """Keys that a check names literally, all of which have a bad value above."""
     named: set[str] = set()
-    source = "".join(map(inspect.getsource, (checks, verb_checks, plan_checks)))
+    source = "".join(map(inspect.getsource, (checks, data_checks, verb_checks, plan_checks)))
     for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Call)

@@ -7,6 +7,7 @@ import pytest
 from megakor.config.compose import config_folder
 from megakor.config.schema import ModelConfig, Precision, PretrainConfig
 from megakor.config.verbs import VERBS
+from megakor.plan.hardware import known_hardware
 from tests.config.commands import NEEDED, PRETRAIN, composed
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
@@ -21,6 +22,7 @@ def test_every_yaml_belongs_to_a_test() -> None:
     known = {f"{verb.config_name}.yaml" for verb in VERBS.values()}
     known |= {f"experiment/{name}.yaml" for name in EXPERIMENTS} | {f"model/{name}.yaml" for name in MODELS}
     known |= {f"cluster/{name}.yaml" for name in CLUSTERS}
+    known |= {f"hardware/{name}.yaml" for name in known_hardware()}  # tests/plan reads each of them
     folder = config_folder()
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == known
     assert len(EXPERIMENTS) >= 6

@@ -1,0 +1,1 @@
+"""What a run needs of its machines, found out before the model is built."""
