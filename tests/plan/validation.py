@@ -75,7 +75,7 @@ def constants() -> str:
             ["the peak, by fused attention, its masked half not counted", f"{a100.attention_efficiency:.2f}"],
             ["memory bandwidth", f"{a100.memory_efficiency:.2f}"],
             [
-                "a link's rate: by [NCCL's authors](https://github.com/NVIDIA/nccl-tests/issues/212), not fitted",
+                "a link's rate: by NCCL's authors (NVIDIA/nccl-tests, issue 212), not fitted",
                 f"{a100.link_efficiency:.2f}",
             ],
         ],
