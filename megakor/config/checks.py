@@ -10,7 +10,6 @@ from typing import Any
 
 from megakor.config.cluster_checks import check_cluster
 from megakor.config.data_checks import check_data, check_pairs
-from megakor.config.plan_checks import check_accelerators
 from megakor.config.rules import divides, positive, require, share
 from megakor.config.schema import (
     CheckpointListConfig,
@@ -270,7 +269,6 @@ def check_plan(config: PlanConfig | PlanSearchConfig) -> None:
     """A plan looks at no data."""
     check_engine(config)
     check_fit(config, config.model)
-    check_accelerators(config.cluster)
     check_lora(config.lora)
     require(config.format in ("table", "json"), "format", config.format, "be table or json")
 
@@ -283,7 +281,6 @@ def check_plan_search(config: PlanSearchConfig) -> None:
 
 def check_tune(config: TuneConfig) -> None:
     check_pretrain(config)
-    check_accelerators(config.cluster)
     rule = "name the accelerators, as many as there are, such as 8xa100-80g: the planner chooses what is tried"
     require(config.cluster.gpus is not None, "cluster.gpus", None, rule)
     for name in ("num_layouts", "num_steps"):

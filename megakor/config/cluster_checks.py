@@ -15,11 +15,24 @@ SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS
 """Words of which a variable's name has one when its value is a secret."""
 
 
+def count_and_kind(gpus: str) -> tuple[int, str]:
+    """The number and the kind of accelerators: `256xa100-80g` -> 256 of a100-80g.
+
+    ValueError where it is not of that form.
+    """
+    found = re.fullmatch(r"([1-9][0-9]*)x(.+)", gpus)
+    require(found is not None, "cluster.gpus", gpus, "be number x kind, such as 256xa100-80g")
+    assert found is not None
+    return int(found[1]), found[2]
+
+
 def check_cluster(config: EngineConfig) -> None:
     """The rules of `cluster`, and of `launch` on it."""
     cluster = config.cluster
     for name in ("num_nodes", "ranks_per_node", "price_krw", "krw_per_usd"):
         positive(f"cluster.{name}", getattr(cluster, name))
+    if cluster.gpus is not None:
+        count_and_kind(cluster.gpus)
     require(0 < cluster.master_port < 65536, "cluster.master_port", cluster.master_port, "lie between 1 and 65535")
     rule = "be empty with cluster.include, which says all"
     require(not (cluster.include and cluster.exclude), "cluster.exclude", cluster.exclude, rule)

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megakor.config.plan_checks import count_and_kind
+from megakor.config.cluster_checks import count_and_kind
 from megakor.config.schema import ModelConfig, PlanConfig, PlanSearchConfig, PretrainConfig
 from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, parameter_specs, resolve_vocabulary
 from megakor.parallel.dims import ParallelDims, smallest_world_size

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megakor.config.choices import OnSpike, WandbMode
-from megakor.config.plan_checks import count_and_kind
+from megakor.config.cluster_checks import count_and_kind
 from megakor.config.schema import LaunchConfig, LaunchPretrainConfig, PlanSearchConfig, PretrainConfig, TuneConfig
 from megakor.launch.folder import LaunchFolder
 from megakor.launch.kinds import SUBMITTED, launcher_of

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megakor.config.schema import ClusterConfig, LoraTarget, TrainTokenizerConfig
+from megakor.model.lora import num_adapter_parameters
 from megakor.plan.memory import GIB
 from megakor.plan.picture import COLORS, picture
 from megakor.plan.plan import Plan, inference_gb, make_plan
@@ -97,6 +98,9 @@ def test_lora() -> None:
     lora = plan("model=5_8b", "train.global_batch_size=32", "lora.rank=16", "lora.targets=[query_key_value,dense]")
     assert lora.parameters == whole.parameters
     assert lora.trained == 28 * 16 * (4096 + 3 * 4096 + 4096 + 4096)
+    config = quickly_composed("plan", "model=5_8b", "train.global_batch_size=32", "lora.rank=16",
+                              "lora.targets=[query_key_value,dense]")  # fmt: skip
+    assert lora.trained == num_adapter_parameters(config.model, config.lora)
     assert lora.fullest.total < 0.3 * whole.fullest.total
     assert lora.time.model_flops < whole.time.model_flops
     assert tuple(target.value for target in LoraTarget) == LINEARS
