@@ -16,8 +16,10 @@ from tests.distributed.runs import Made
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip, before anything is made for it, a test whose hosts or programs this machine cannot have."""
+    """Skip, before anything is made for it, a test of hosts which this machine cannot have, or of missing programs."""
     assert isinstance(item, pytest.Function)
+    if not getattr(item.module, "NAMESPACES", True):
+        return
     if why := missing(*getattr(item.module, "PROGRAMS", ())):
         pytest.skip(why)
 

@@ -14,6 +14,7 @@ import pytest
 from tests.config.commands import ROOT
 
 COPIED = ("pyproject.toml", "setup.cfg", "constraints.txt", "README.md", "LICENSE", "configs", "launch", "megakor")
+NAMESPACES = False
 
 
 @pytest.mark.timeout(1800)
