@@ -61,10 +61,9 @@ def config_folder() -> Path:
     return beside if (beside / "pretrain.yaml").is_file() else package / "configs"
 
 
-def register_schemas() -> None:
-    """Make every verb's schema known to Hydra, under `<its YAML>_schema`."""
-    for verb in VERBS.values():
-        ConfigStore.instance().store(name=f"{verb.config_name}_schema", node=verb.schema)
+def register_schema(verb: Verb) -> None:
+    """Make a verb's schema known to Hydra, under `<its YAML>_schema`."""
+    ConfigStore.instance().store(name=f"{verb.config_name}_schema", node=verb.schema)
 
 
 def field_of(schema: type, dotted: str) -> dataclasses.Field[Any] | None:
@@ -240,7 +239,7 @@ def to_object(config: DictConfig, schema: type) -> Any:
 
 def load_experiment(verb: str, experiment: str) -> Any:
     """A shipped named run as a checked configuration."""
-    register_schemas()
+    register_schema(VERBS[verb])
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = hydra.compose(verb, overrides=[f"experiment={experiment}"])
     return to_object(config, VERBS[verb].schema)
@@ -291,7 +290,7 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
     verb = VERBS[name]
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and errors are told here
-    register_schemas()
+    register_schema(verb)
     debug = "--debug" in arguments
     try:
         sorted_ = sort_arguments(arguments, verb)

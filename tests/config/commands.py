@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from megakor.config.compose import QUIET_HYDRA, config_folder, main, quote_override, register_schemas, to_object
+from megakor.config.compose import QUIET_HYDRA, config_folder, main, quote_override, register_schema, to_object
 from megakor.config.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def composed(verb: str, *arguments: str) -> Any:
 def quickly_composed(verb: str, *arguments: str) -> Any:
     """The same without Hydra's start, which takes most of the time; errors are raised as they are."""
     schema = VERBS[verb].schema
-    register_schemas()
+    register_schema(VERBS[verb])
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         overrides = [quote_override(argument, schema, multirun=False) for argument in arguments]
         return to_object(compose(VERBS[verb].config_name, overrides=[*QUIET_HYDRA, *overrides]), schema)

@@ -15,7 +15,7 @@ from tests.documents import Block, blocks
 SHOWN = [
     (command, output)
     for command, output in itertools.pairwise(blocks(ROOT / "docs" / "plan.md"))
-    if command.language == "bash" and output.language == "text"
+    if command.text.startswith("megakor plan ") and output.language == "text"
 ]
 
 
