@@ -33,30 +33,15 @@ from megakor.plan.partition import layers_of, partition
 from megakor.train.engine import Engine
 from megakor.train.values import SeededValues
 from tests.benchmarks.trainers import LEARNING_RATE, Case
+from tests.plan import machine
+from tests.plan.machine import NUM_MICRO_BATCHES, SEQUENCE_LENGTH, SETTINGS
 from tests.ranks import run_ranks
 from tests.resident import give_back_freed_blocks, peak_resident_size, resident_size
 
 MIB = 2**20
 NUM_STEPS = 2
-NUM_MICRO_BATCHES = 2  # of a replica: the second finds the gradients of the first
-MODEL = ModelConfig(
-    hidden_size=1024,
-    num_hidden_layers=18,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    vocab_size=16384,
-    rotary_pct=0.5,
-)
+MODEL = replace(machine.MODEL, num_hidden_layers=18)
 TINY = replace(MODEL, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=64)
-SEQUENCE_LENGTH = 256
-SETTINGS = {
-    "zero_optimization": {
-        "stage3_prefetch_bucket_size": 0,
-        "stage3_max_live_parameters": 0,
-        "stage3_max_reuse_distance": 0,
-        "stage3_param_persistence_threshold": 0,
-    }
-}
 
 
 @dataclass(frozen=True)

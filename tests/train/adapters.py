@@ -12,14 +12,13 @@ from megakor.checkpoint.format import WEIGHT
 from megakor.config.schema import LoraConfig, LoraTarget, PretrainConfig
 from megakor.model.gpt_neox import GPTNeoXForCausalLM
 from megakor.model.lora import adapter_specs
-from megakor.model.loss import token_losses
 from megakor.model.parameters import initialize_parameters
 from megakor.model.specs import WHOLE, Shard
 from megakor.parallel.dims import ParallelDims
 from megakor.train.engine import Engine, StepResult
 from megakor.train.values import SeededValues
 from tests.parallel.shards import value
-from tests.train.engines import CLIP, LR, NUM_TOKENS, model_of, tokens
+from tests.train.engines import LR, NUM_TOKENS, model_of, plain_steps
 
 EVERYWHERE = LoraConfig(rank=3, alpha=6.0, targets=list(LoraTarget))
 
@@ -71,14 +70,4 @@ def by_peft(
         adapters.values(), lr=LR, betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
     )  # fmt: skip
-    results = []
-    for step in range(num_steps):
-        ids, mask = (torch.from_numpy(array) for array in tokens(step))
-        losses = token_losses(model(ids[:, :-1]), ids[:, 1:], NUM_TOKENS)
-        loss = (losses * mask).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(adapters.values(), CLIP)
-        optimizer.step()
-        results.append(StepResult(loss.item(), norm.item()))
-    return results, {name: parameter.detach() for name, parameter in adapters.items()}
+    return plain_steps(model, optimizer, num_steps), {name: parameter.detach() for name, parameter in adapters.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megakor.config.schema import ModelConfig, PretrainConfig
 from megakor.data.stream import Batch
@@ -74,6 +75,22 @@ def train(engine: Engine, num_steps: int, with_documents: bool = False) -> list[
     ]
 
 
+def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> list[StepResult]:
+    """Steps of a whole model by torch's own clipping, of what the optimizer updates."""
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    results = []
+    for step in range(num_steps):
+        ids, mask = (torch.from_numpy(array) for array in tokens(step))
+        losses = token_losses(model(ids[:, :-1]), ids[:, 1:], NUM_TOKENS)
+        loss = (losses * mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(updated, CLIP)
+        optimizer.step()
+        results.append(StepResult(loss.item(), norm.item()))
+    return results
+
+
 def by_hand(config: PretrainConfig, num_steps: int) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
     """The same steps on a whole model by torch's own clipping and AdamW; results, and the weights after them."""
     model = GPTNeoXForCausalLM(model_of(config))
@@ -87,17 +104,9 @@ def by_hand(config: PretrainConfig, num_steps: int) -> tuple[list[StepResult], d
         ],
         lr=LR, betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps,
     )  # fmt: skip
-    results = []
-    for step in range(num_steps):
-        ids, mask = (torch.from_numpy(array) for array in tokens(step))
-        losses = token_losses(model(ids[:, :-1]), ids[:, 1:], NUM_TOKENS)
-        loss = (losses * mask).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        results.append(StepResult(loss.item(), norm.item()))
-    return results, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return plain_steps(model, optimizer, num_steps), {
+        name: parameter.detach() for name, parameter in model.named_parameters()
+    }
 
 
 class Heldout:
