@@ -1,9 +1,11 @@
-"""Files that are whole or absent: written aside, synced, then renamed into place; and their SHA-256."""
+"""Files that are whole or absent: written aside, synced, then renamed into place; their SHA-256; room for them."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,3 +59,23 @@ def sha256_of(path: Path, tell: Callable[[int], None] | None = None) -> str:
             if tell is not None:
                 tell(len(block))
     return digest.hexdigest()
+
+
+def check_new(key: str, folder: Path) -> None:
+    """ValueError unless a folder that is to be written is not there yet, or empty; `key` is the one that names it."""
+    rule = f"{key}={folder} must be a new or an empty folder"
+    if folder.is_dir():
+        for name in sorted(path.name for path in folder.iterdir()):
+            raise ValueError(f"{rule}, and holds {name}")
+    elif folder.exists():
+        raise ValueError(f"{rule}, and is a file")
+
+
+def check_space(key: str, path: Path, num_bytes: int) -> None:
+    """OSError unless the disk on which `path` is to be written has room for tensors of so many bytes."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise OSError(errno.ENOSPC, f"{key}={path}: the tensors need {num_bytes:,} bytes, and {free:,} are free")

@@ -50,7 +50,7 @@ class Import:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.target}"
 
 
-MAINS = {"export", "import_config", "pretrain", "shard", "train_tokenizer", "__main__"}
+MAINS = {"export", "import_config", "import_model", "pretrain", "shard", "train_tokenizer", "__main__"}
 
 
 def sources() -> list[Path]:
@@ -249,6 +249,7 @@ def test_files_can_be_read_in_a_sitting() -> None:
         "export",
         "generate.__main__",
         "import_config",
+        "import_model",
         "preflight.__main__",
         "simulate.__main__",
         "tune.__main__",

@@ -92,9 +92,10 @@ class CheckpointManifest:
         num_tokens: the true vocabulary.
         model: fields of `ModelConfig`, `vocab_size` resolved.
         tokenizer_fingerprint: SHA-256 of the tokenizer's model.
-        optimizer: its name, its number of updates, the settings of its parameter groups, the loss scale.
+        optimizer: its name, its number of updates, the settings of its parameter groups, the loss scale; empty, as
+            `data`, where weights alone are there.
         data: the stream's identity; with `step` it fixes every batch to come.
-        train: the resolved configuration of the run.
+        train: the resolved configuration of the run; of a model that was imported, under `imported`, from where.
         kept: whether it stays until `checkpoint.keep_last` newer ones are there; if not, until the next one is.
         validation: loss of each held-out set at this step, where it was evaluated.
         adapters: the tensors are adapters of another checkpoint's model; None: they are the whole model.
@@ -115,6 +116,16 @@ class CheckpointManifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     version: int = VERSION
+
+    @property
+    def weights_alone(self) -> bool:
+        """Whether no run goes on from it: it has no optimizer state and no data state."""
+        return not self.optimizer
+
+    @property
+    def source(self) -> str | None:
+        """The folder that its model was imported from; None: a run has trained it."""
+        return self.train["imported"]["path"] if "imported" in self.train else None
 
     def to_json(self) -> str:
         """The manifest's text, with a digest over everything else in it."""

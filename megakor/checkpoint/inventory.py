@@ -34,6 +34,7 @@ class Entry:
         layout: sizes of the layout that saved it, and `zero_stage`.
         world_size: ranks that saved it.
         validation: loss of each held-out set, nats per token.
+        imported: the Hugging Face folder that its model came from; None: a run has trained it.
         latest: whether the run's `latest` names it.
     """
 
@@ -47,6 +48,7 @@ class Entry:
     layout: dict[str, int] | None = None
     world_size: int | None = None
     validation: dict[str, float] = field(default_factory=dict)
+    imported: str | None = None
 
 
 def list_checkpoints(config: CheckpointListConfig) -> None:
@@ -103,7 +105,7 @@ def look_at(folder: Path) -> Entry | None:
     step = int(number) if number.isdecimal() else manifest.step if manifest else None
     entry = Entry(step, str(folder), damaged, None, sum(sizes), len(sizes), latest_of(folder.parent) == folder.name)
     if manifest is not None:
-        entry.kept, entry.validation = manifest.kept, manifest.validation
+        entry.kept, entry.validation, entry.imported = manifest.kept, manifest.validation, manifest.source
         entry.layout, entry.world_size = layout_of(manifest)
     return entry
 
@@ -147,7 +149,7 @@ def print_table(entries: Sequence[Entry]) -> None:
             tqdm.format_sizeof(entry.num_bytes, "B"),
             str(entry.num_files),
             "" if entry.world_size is None else str(entry.world_size),
-            "" if entry.layout is None else spelled(entry.layout),
+            f"imported from {entry.imported}" if entry.imported else spelled(entry.layout) if entry.layout else "",
             ", ".join(f"{name} {loss:.4f}" for name, loss in entry.validation.items()),
             "latest" if entry.latest else "",
         )

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,9 @@ from megakor.checkpoint.pieces import Held, PieceIndex
 from megakor.checkpoint.tensors import write_tensors
 from megakor.files import atomic_write, share, sync
 from megakor.parallel.together import on_first_rank, raise_together
-from megakor.train.optimizer import Piece
+
+if TYPE_CHECKING:  # it loads the engine, and who writes weights alone has none
+    from megakor.train.optimizer import Piece
 
 
 class Written(NamedTuple):

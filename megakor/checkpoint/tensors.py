@@ -13,7 +13,7 @@ import os
 import resource
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,16 +32,26 @@ MOST_BEHIND = 64
 
 
 def write_tensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[FileEntry, list[int]]:
-    """Write 1-D fp32 tensors and sync the file: its entry, and the first byte of each tensor.
+    """Write 1-D fp32 tensors and sync the file: its entry, and the first byte of each tensor."""
+    return write_values(path, [(key, len(values)) for key, values in tensors], (values for _, values in tensors))
+
+
+def write_values(
+    path: Path, sizes: Sequence[tuple[str, int]], tensors: Iterable[torch.Tensor], most_behind: int = MOST_BEHIND
+) -> tuple[FileEntry, list[int]]:
+    """`write_tensors` of tensors that are taken one after the other, of the elements that `sizes` tells by key.
 
     Blocks are digested beside writing and syncing; all of that leaves the interpreter to other threads.
+
+    Args:
+        most_behind: blocks that digesting may lag behind; they stay in memory till then.
     """
     header: dict[str, dict[str, object]] = {}
     position = 0
-    for key, values in tensors:
+    for key, numel in sizes:
         assert key not in header, key
-        header[key] = {"dtype": "F32", "shape": [len(values)], "data_offsets": [position, position + 4 * len(values)]}
-        position += 4 * len(values)
+        header[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [position, position + 4 * numel]}
+        position += 4 * numel
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
@@ -49,14 +59,15 @@ def write_tensors(path: Path, tensors: Sequence[tuple[str, torch.Tensor]]) -> tu
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as digester:
         file.write(head)
         digested: deque[Future[None]] = deque()
-        for _, values in tensors:
+        for (key, numel), values in zip(sizes, tensors, strict=True):
+            assert values.shape == (numel,), key
             content = bytes_of(values.detach().cpu().contiguous())
             for start in range(0, len(content), BLOCK):
                 block = content[start : start + BLOCK]
                 digested.append(digester.submit(digest.update, block))
                 while block:  # a full disk writes a part before it fails
                     block = block[file.write(block) :]
-                if len(digested) > MOST_BEHIND:
+                if len(digested) > most_behind:
                     digested.popleft().result()
         os.fsync(file.fileno())
         for last in digested:

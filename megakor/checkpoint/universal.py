@@ -26,7 +26,7 @@ import torch
 from megakor.checkpoint.format import WEIGHT, CheckpointManifest
 from megakor.checkpoint.reader import VOCABULARY, CheckpointValues, model_config, resolve
 from megakor.config.schema import ExportUniversalConfig, OptimizerName
-from megakor.files import sync
+from megakor.files import check_new, check_space, sync
 from megakor.logs import Progress, get_logger, progress
 from megakor.model.specs import ParameterSpec, num_parameters, parameter_specs
 
@@ -45,14 +45,18 @@ def export_universal(config: ExportUniversalConfig) -> None:
     """Write a checkpoint of AdamW in DeepSpeed's universal format. One process; host memory: a tensor and 64 MiB.
 
     Raises:
-        ValueError: the checkpoint is not whole, holds adapters alone, its optimizer is not AdamW, or `out` holds
+        ValueError: the checkpoint is not whole, holds weights or adapters alone, its optimizer is not AdamW, or `out` holds
             something.
         OSError: the folder cannot be written; nothing is left of it.
     """
     checkpoint = resolve(config.run)
     out = Path(config.out).absolute()
-    check_out(out)
+    check_new("out", out)
     manifest = CheckpointManifest.load(checkpoint)
+    if manifest.weights_alone:
+        raise ValueError(
+            f"run={config.run} must be a run that trained: {checkpoint} has weights and no optimizer state"
+        )
     name = manifest.optimizer["name"]
     if name != OptimizerName.adamw.value:
         rule = f"must be {OptimizerName.adamw.value}: DeepSpeed's universal format has no place for its moments"
@@ -60,7 +64,7 @@ def export_universal(config: ExportUniversalConfig) -> None:
     if manifest.adapters is not None:
         rule = "must be a run that trained all parameters; megakor export writes adapters merged into their base"
         raise ValueError(f"run={config.run} {rule}")
-    check_space(out, BYTES_A_PARAMETER * num_parameters(model_config(manifest)))
+    check_space("out", out, BYTES_A_PARAMETER * num_parameters(model_config(manifest)))
     manifest.check_contents(checkpoint)
     aside = out.with_name(f".{out.name}.partial")
     if aside.exists():
@@ -164,19 +168,3 @@ def save(content: Any, path: Path) -> None:
     """Write a file of torch's and sync it."""
     torch.save(content, path)
     sync(path)
-
-
-def check_out(out: Path) -> None:
-    """ValueError unless `out` is new or an empty folder."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"out={out} must be a new or an empty folder")
-
-
-def check_space(out: Path, needed: int) -> None:
-    """OSError unless the disk has room."""
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"out={out}: the tensors need {needed:,} bytes, and {free:,} are free")

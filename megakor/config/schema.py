@@ -40,6 +40,7 @@ from megakor.config.use_schema import (
     ExportUniversalConfig,
     GenerateConfig,
     ImportConfig,
+    ImportModelConfig,
     ReportConfig,
     TraceConfig,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "GenerateConfig",
     "HealthConfig",
     "ImportConfig",
+    "ImportModelConfig",
     "InstructConfig",
     "JobKind",
     "KubernetesConfig",

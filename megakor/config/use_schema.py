@@ -111,6 +111,15 @@ class ImportConfig:
 
 
 @dataclass
+class ImportModelConfig:
+    """Read a Hugging Face folder of a GPT-NeoX model, safetensors alone, as a run that instruct can start from."""
+
+    path: str = key(help="Hugging Face folder on this machine")
+    run: str = key(help="run folder to write, new or empty")
+    tokenizer: str | None = key(None, help="folder of the model's tokenizer, one of megakor's; null: path's own")
+
+
+@dataclass
 class ReportConfig:
     """One self-contained HTML page about a run."""
 

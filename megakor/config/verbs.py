@@ -69,6 +69,7 @@ VERBS = {
         Verb("evaluate", schema.EvaluateConfig, "bits per byte on held-out text, beside simple models"),
         Verb("generate", schema.GenerateConfig, "continue a prompt or answer a question"),
         Verb("import-config", schema.ImportConfig, "write GPT-NeoX's configuration as an experiment of ours"),
+        Verb("import-model", schema.ImportModelConfig, "read a Hugging Face model as a run, from safetensors alone"),
         Verb("report", schema.ReportConfig, "one self-contained HTML page about a run"),
         Verb("drill", schema.DrillConfig, "disturb a short training again and again, and see what is lost"),
         Verb("demo", schema.DemoConfig, "the whole arc on two processes"),

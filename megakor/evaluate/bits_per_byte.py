@@ -77,7 +77,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     checkpoint = resolve(config.run)
     model, manifest = load_model(checkpoint)
     tokenizer = Tokenizer.load(run_of(checkpoint) / "tokenizer")
-    sequence_length = manifest.train["train"]["sequence_length"]
+    sequence_length = manifest.model["max_position_embeddings"]  # as far as an imported model goes
+    if not manifest.weights_alone:
+        sequence_length = manifest.train["train"]["sequence_length"]
     separate = manifest.train.get("data", {}).get("separate_documents", False)
     files = None if config.cache is None else Prefetcher(ShardCache(config.cache, config.cache_size, "cache_size"))
     heldout = HeldoutSet("heldout", config.heldout, sequence_length, files, separate)

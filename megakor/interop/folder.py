@@ -1,4 +1,4 @@
-"""The folder of an export: written aside and renamed, so that it is there whole, or not at all."""
+"""The folder of an export or an import: written aside and renamed, so that it is there whole, or not at all."""
 
 from __future__ import annotations
 
@@ -20,22 +20,29 @@ MARKER_FORMAT = "megakor-export-1"
 
 
 @contextmanager
-def written_aside(out: Path) -> Iterator[Path]:
+def written_aside(out: Path, key: str = "out", replaces: bool = True) -> Iterator[Path]:
     """A folder to write into, which takes `out`'s place once the block has ended without an exception.
 
+    Args:
+        key: of the configuration, that names the folder.
+        replaces: whether what is there gives way; if not, it must be an empty folder.
+
     Raises:
-        OSError: there is no space left; nothing is left of it.
+        OSError: there is no space left, or something that must stay is in its place; nothing is left of it.
     """
     aside = out.with_name(f".{out.name}.partial")
     if aside.exists():
-        shutil.rmtree(aside)  # left by an export that was killed
+        shutil.rmtree(aside)  # left by one that was killed
     try:
         aside.mkdir(parents=True)
         yield aside
-        _put_in_place(aside, out)
+        if replaces:
+            _put_in_place(aside, out)
+        else:
+            os.rename(aside, out)  # an empty folder gives way
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(errno.ENOSPC, f"out={out}: no space left on the device; nothing was exported") from error
+            raise OSError(errno.ENOSPC, f"{key}={out}: no space left on the device; nothing was written") from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -8,8 +8,6 @@ source and renamed, so a folder at `out` is whole and checked, or absent.
 
 from __future__ import annotations
 
-import errno
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,13 @@ from huggingface_hub import save_torch_state_dict
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.checkpoint.reader import check_whole, model_config, read_weights, resolve, run_of
 from megakor.config.schema import ExportConfig, ModelConfig, Precision
+from megakor.files import check_space
 from megakor.interop.folder import check_out, mark, write_json, written_aside
 from megakor.interop.model_card import write_model_card
 from megakor.interop.self_check import self_check
 from megakor.interop.tokenizer_files import eod_id, read_tokenizer_model, write_tokenizer_files
 from megakor.logs import get_logger
-from megakor.model.specs import EMBEDDING, HEAD, parameter_specs
+from megakor.model.specs import EMBEDDING, HEAD, num_parameters, parameter_specs
 
 MAX_SHARD_SIZE = "5GB"
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -53,11 +52,11 @@ def export(config: ExportConfig) -> dict[str, Any]:
     out = Path(config.out).absolute()
     check_out(out)
     vocab_size = manifest.num_tokens if config.trim_vocabulary else model.vocab_size
-    _check_space(out, model, config.precision)
+    check_space("out", out, num_parameters(model) * DTYPES[config.precision].itemsize)
     with written_aside(out) as aside:
         logger.info("export: %s -> %s", checkpoint, out)
         weights = _export_weights(read_weights(checkpoint), model, vocab_size, config.precision)
-        num_parameters = sum(tensor.numel() for tensor in weights.values())
+        num_exported = sum(tensor.numel() for tensor in weights.values())
         save_torch_state_dict(weights, aside, max_shard_size=MAX_SHARD_SIZE)
         del weights
         eod = eod_id(proto)
@@ -67,7 +66,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         figures: dict[str, Any] = {
             "out": str(out),
             "step": manifest.step,
-            "num_parameters": num_parameters,
+            "num_parameters": num_exported,
             "vocab_size": vocab_size,
             "precision": config.precision.value,
             **self_check(aside, checkpoint),
@@ -76,7 +75,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         mark(aside, figures)
     logger.info(
         "export: %s parameters, largest difference of a logit %.2g, greedy continuation equal",
-        f"{num_parameters:,}",
+        f"{num_exported:,}",
         figures["max_logit_difference"],
     )
     return figures
@@ -144,14 +143,3 @@ def _export_weights(
             raise ValueError(f"{spec.name} holds values that are not finite numbers in precision={precision.value}")
         exported[spec.name] = tensor
     return exported
-
-
-def _check_space(out: Path, model: ModelConfig, precision: Precision) -> None:
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
-    num_values = sum(torch.Size(spec.shape).numel() for spec in parameter_specs(model))
-    needed = num_values * DTYPES[precision].itemsize
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"out={out}: the weights need {needed:,} bytes, and {free:,} are free")

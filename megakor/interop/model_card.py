@@ -35,13 +35,17 @@ def write_model_card(out: Path, run: Path, manifest: CheckpointManifest, figures
         ("8 greedy tokens equal", "yes" if figures["greedy_equal"] else "no"),
         ("token ids equal", "yes" if figures["tokens_equal"] else "no"),
     ]
+    origin, results = "imported into", []
+    if manifest.source is None:
+        origin, measured = "trained with", _table(_results(run, manifest))
+        results = [f"## Results\n\nMeasured by the run itself, up to step {manifest.step:,}.\n\n{measured}"]
     parts = [
-        f"---\n{header.to_yaml()}\n---\n\n# {_title(run)}\n\nA Korean language model, trained with megakor.",
+        f"---\n{header.to_yaml()}\n---\n\n# {_title(run)}\n\nA Korean language model, {origin} megakor.",
         f"## Use\n\n```python\n{_usage(has_chat_template)}\n```\n\n"
         "Text goes through Unicode NFC, and U+2581 becomes `_`. The literals of control symbols (`<|endoftext|>`,\n"
         "`<|sep|>`) in a prompt are parsed as those symbols: remove them from untrusted text first.",
         f"## Model\n\n{_table(architecture)}",
-        f"## Results\n\nMeasured by the run itself, up to step {manifest.step:,}.\n\n{_table(_results(run, manifest))}",
+        *results,
         f"## Export\n\nCompared with the source checkpoint when it was written.\n\n{_table(check)}",
     ]
     config = run / "config.yaml"

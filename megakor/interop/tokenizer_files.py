@@ -13,7 +13,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from megakor.checkpoint.format import CheckpointManifest
 from megakor.interop.tokenizer_json import build_tokenizer
 from megakor.tokenizer.special import END_OF_DOCUMENT, SEPARATOR
-from megakor.tokenizer.tokenizer import MODEL_FILE
+from megakor.tokenizer.tokenizer import META_FILE, MODEL_FILE
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -50,7 +50,9 @@ def eod_id(proto: Any) -> int:
 
 
 def write_tokenizer_files(proto: Any, folder: Path, out: Path, max_length: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, and copy the chat template where the run has one.
+    """Write `tokenizer.json` and `tokenizer_config.json`; copy our own files, and the chat template if there is one.
+
+    transformers reads `tokenizer.json`; `tokenizer.model` and `tokenizer.meta.json` are for `megakor import-model`.
 
     Padding is on the left, as batched generation needs it; training code sets its own side. `<unk>` is not declared as
     a token: byte fallback leaves it no use, and a declared token would be parsed from text.
@@ -68,6 +70,8 @@ def write_tokenizer_files(proto: Any, folder: Path, out: Path, max_length: int) 
     }
     if any(piece.piece == SEPARATOR for piece in proto.pieces):
         config["sep_token"] = SEPARATOR
+    for name in (MODEL_FILE, META_FILE):
+        shutil.copyfile(folder / name, out / name)
     template = folder / CHAT_TEMPLATE
     if template.is_file():
         shutil.copyfile(template, out / CHAT_TEMPLATE)

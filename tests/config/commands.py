@@ -42,6 +42,7 @@ NEEDED = {
     "evaluate": ["run=r", "heldout=h"],
     "generate": ["run=r", "prompt=p"],
     "import-config": ["path=p"],
+    "import-model": ["path=p", "run=r"],
     "report": ["run=r"],
     "drill": [],
     "launch pretrain": PRETRAIN,

@@ -216,7 +216,7 @@ def test_no_space_leaves_the_earlier_export(run: Path, monkeypatch: pytest.Monke
             export(config(run))
     usage = shutil.disk_usage(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="the weights need .* bytes, and 1,000 are free"):
+    with pytest.raises(OSError, match="the tensors need .* bytes, and 1,000 are free"):
         export(config(run))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert leftovers(run.parent) == []
