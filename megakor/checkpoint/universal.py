@@ -45,8 +45,8 @@ def export_universal(config: ExportUniversalConfig) -> None:
     """Write a checkpoint of AdamW in DeepSpeed's universal format. One process; host memory: a tensor and 64 MiB.
 
     Raises:
-        ValueError: the checkpoint is not whole, holds weights or adapters alone, its optimizer is not AdamW, or `out` holds
-            something.
+        ValueError: the checkpoint is not whole, holds weights or adapters alone, its optimizer is not AdamW, or `out`
+            holds something.
         OSError: the folder cannot be written; nothing is left of it.
     """
     checkpoint = resolve(config.run)

@@ -1,8 +1,8 @@
 """A Hugging Face `config.json` goes in, our architecture comes out.
 
 What counts is what transformers' `GPTNeoXForCausalLM` computes from the file. Every key that changes it is mapped, or
-refused where our model computes something else; the others (ids of special tokens, type of the weights, what transformers
-itself does not know) are left out. No code that the folder holds or names is run.
+refused where our model computes something else; the others (ids of special tokens, type of the weights, what
+transformers itself does not know) are left out. No code that the folder holds or names is run.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def architecture(content: dict[str, Any]) -> ModelConfig:
     require(content.get("model_type") == MODEL_TYPE, "model_type", content.get("model_type"), f"be {MODEL_TYPE}")
     check_code(content)
     fields = {name: typed(name, content.get(name, default), type(default)) for name, default in MAPPED.items()}
-    model = ModelConfig(**fields, **rotary(content))
+    model = ModelConfig(**fields | rotary(content))
     positive("layer_norm_eps", model.layer_norm_eps)
     positive("rotary_emb_base", model.rotary_emb_base)
     check_model(model)

@@ -143,7 +143,8 @@ def tensors_of(path: Path) -> list[Stored]:
     """What a file's header tells. ValueError when it is no whole safetensors file."""
     try:
         with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
+            names = file.keys()  # which is all that older versions can iterate over
+            slices = {key: file.get_slice(key) for key in names}
             return [Stored(path, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
     except SafetensorError as error:
         rule = "must be a whole safetensors file; files of other formats are not read"

@@ -215,8 +215,8 @@ def check_continues(
     """Raise unless a checkpoint is of this model, tokenizer, data and optimizer; every difference is named."""
     if manifest.weights_alone:
         raise ValueError(
-            f"run={config.run} must be a folder of its own: its checkpoint of step {manifest.step} holds the weights of "
-            f"an imported model alone, which instruct takes as base={config.run}"
+            f"run={config.run} must be a folder of its own: its checkpoint of step {manifest.step} holds an imported "
+            f"model's weights alone, which instruct takes as base={config.run}"
         )
     optimizer = config.optimizer.name.value
     ours = {**flat(plain(model), "model."), **data, "optimizer.name": optimizer, "tokenizer": fingerprint}

@@ -111,8 +111,8 @@ def test_from_transformers_to_transformers(name: str, tuned: tuple[Path, list[st
 def test_no_run_goes_on_from_weights_alone(tuned: tuple[Path, list[str]]) -> None:
     folder, (pretraining, tuning_there) = tuned
     assert pretraining == (
-        f"run={folder / 'run'} must be a folder of its own: its checkpoint of step 0 holds the weights of an imported "
-        f"model alone, which instruct takes as base={folder / 'run'}"
+        f"run={folder / 'run'} must be a folder of its own: its checkpoint of step 0 holds an imported model's "
+        f"weights alone, which instruct takes as base={folder / 'run'}"
     )
     assert tuning_there == f"run={folder / 'run'} must be another folder than base={folder / 'run'}"
     assert len(read_weights(step_folder(folder / "run", 0))) == 28

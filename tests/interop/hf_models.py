@@ -1,4 +1,4 @@
-"""Models that transformers writes: GPT-NeoX of any settings, with weights large enough for each to show in the logits."""
+"""Models that transformers writes: GPT-NeoX of any settings, with weights large enough for logits to show them."""
 
 from __future__ import annotations
 
