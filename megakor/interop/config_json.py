@@ -41,7 +41,8 @@ ROTARY = {
 """What transformers takes where none is given, and the spellings of transformers 4: the second is a copy."""
 ROPE_SECTIONS = ("rope_scaling", "rope_parameters")
 """Where scaled rotary embeddings are asked for; transformers 5 keeps both rotary settings in the second."""
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", dict: "an object", str: "a text"}
+LARGEST = 1e15
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", dict: "an object"}
 
 
 def read_architecture(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -145,11 +146,11 @@ def rotary(content: dict[str, Any]) -> dict[str, float]:
 
 
 def typed(key: str, value: Any, kind: type) -> Any:
-    """The value, which must be of its type; a whole number is a number, too."""
-    if kind is float and type(value) is int:
-        return float(value)
-    require(type(value) is kind, key, value, f"be {KINDS[kind]}")
-    return value
+    """The value, which must be of its type, and no number out of all bounds; a whole number is a number, too."""
+    require(type(value) is kind or (kind is float and type(value) is int), key, value, f"be {KINDS[kind]}")
+    if kind in (int, float):
+        require(abs(value) < LARGEST, key, value, f"be below {LARGEST:g} in size")
+    return kind(value)
 
 
 def _not_finite(word: str) -> float:
