@@ -1,1 +1,1 @@
-"""Exchange with other tools: Hugging Face's checkpoints and `tokenizer.json`, GPT-NeoX's configuration."""
+"""Exchange with other tools: Hugging Face's models, out and in, and `tokenizer.json`, GPT-NeoX's configuration."""
