@@ -119,6 +119,11 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def typical(function: Callable[[], object]) -> float:
+    """Seconds of what takes a tenth of one: the median of five times."""
+    return statistics.median(seconds(function) for _ in range(5))
+
+
 def peak_during(function: Callable[[], object]) -> int:
     """The highest resident size of this process while it calls a function, bytes (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -162,9 +167,9 @@ class Bench:
             "save": self.save,
             "torch_save": lambda: seconds(lambda: torch_save(plain, self.pieces)),
             "stall": self.stall,
-            "load": lambda: seconds(lambda: load(own, self.pieces)),
+            "load": lambda: typical(lambda: load(own, self.pieces)),
             "torch_load": lambda: seconds(lambda: torch_load(plain, self.pieces)),
-            "resharded_load": lambda: seconds(lambda: load(self.resharded, self.pieces)),
+            "resharded_load": lambda: typical(lambda: load(self.resharded, self.pieces)),
             "verify": self.verify,
         }
 
