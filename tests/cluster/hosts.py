@@ -219,7 +219,10 @@ class Cluster:
         """Start a host, also one that has died. It takes ssh connections when this returns."""
         self._at_bridge("delete", name, check=False)  # of one that has died the kernel takes its time to
         host = self.hosts[name] = Host(name, self.addresses[name], self.folder, self.log)
-        self._at_bridge("add", "name", name, "type", "veth", "peer", "name", INTERFACE, "netns", str(host.first))
+        # Its address on the wire stays, too: the others know it, and would look for another one only after seconds.
+        wire = f"02:00:0a:4d:00:{int(host.address.rpartition('.')[2]):02x}"
+        peer = ["peer", "name", INTERFACE, "address", wire, "netns", str(host.first)]
+        self._at_bridge("add", "name", name, "type", "veth", *peer)
         self._at_bridge("set", name, "master", "bridge", "up")
         wait_for(lambda: host.run("ssh", name, "true").returncode == 0, every=0.05)
         return host
