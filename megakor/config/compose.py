@@ -289,6 +289,8 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
     """
     verb = VERBS[name]
     arguments = sys.argv[1:] if arguments is None else arguments
+    gc.freeze()  # what was imported stays to the end: the collector need not walk it, in steps or at exit
+    gc.enable()  # where a main has imported without it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and errors are told here
     register_schema(verb)
     debug = "--debug" in arguments
@@ -308,7 +310,6 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
             for key, value in sorted_.beyond_hydra.items():
                 OmegaConf.update(config, key, value, force_add=True)
         sys.argv = [verb.module, *arguments]  # `launch` hands them on
-        gc.freeze()  # what was imported stays to the end: the collector need not walk it, in steps or at exit
         for config in [to_object(config, verb.schema) for config in composed]:
             run(config)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
