@@ -92,7 +92,8 @@ class PieceIndex:
     def from_bytes(cls, content: bytes) -> PieceIndex:
         """ValueError when it is no such table."""
         try:
-            names, columns = {}, {}
+            names: dict[str, list[str]] = {}
+            columns: dict[str, np.ndarray] = {}
             for name in NAMES:  # column by column, for every rank of a resume reads the table
                 codes = read_column(content, name).dictionary_encode()
                 names[name] = codes.dictionary.to_pylist()
