@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import gc
 import os
 import re
@@ -61,6 +62,7 @@ def config_folder() -> Path:
     return beside if (beside / "pretrain.yaml").is_file() else package / "configs"
 
 
+@functools.cache  # a schema takes hundredths of a second to read
 def register_schema(verb: Verb) -> None:
     """Make a verb's schema known to Hydra, under `<its YAML>_schema`."""
     ConfigStore.instance().store(name=f"{verb.config_name}_schema", node=verb.schema)
