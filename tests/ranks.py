@@ -10,23 +10,20 @@ import gc
 import itertools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-PRELOADED = [
-    "torch", "deepspeed", "megakor.pretrain",
-    # What DeepSpeed's engine would import in every rank, when it is first made.
-    "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",
-    "s3fs", "pyarrow.parquet",
-]  # fmt: skip
-
+PRELOADED = "tests.preloaded"
 
 LOWEST_PORT, STRIPE, NUM_STRIPES = 20_000, 1_500, 8
 """Ports of test runs, below those that the kernel gives to connections."""
@@ -53,10 +50,14 @@ def free_port() -> int:
     raise AssertionError("the ports have no end")
 
 
+@functools.cache
 def context() -> multiprocessing.context.BaseContext:
     os.environ["OMP_NUM_THREADS"] = "1"  # read by libgomp when the server starts
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(PRELOADED)
+    server.set_forkserver_preload([PRELOADED])
+    with pytest.MonkeyPatch.context() as patch:  # a test may have left the folder that the module is found from
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
     return server
 
 
@@ -77,12 +78,13 @@ def _rank(
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    assert PRELOADED in sys.modules, "the server could not import it"
     import torch
 
     from megakor.train.device import end_process_group, start_process_group
 
     torch.set_num_threads(1)
-    gc.freeze()  # as the mains do: DeepSpeed collects six times for every engine, and would walk all imports
+    gc.freeze()  # as the mains do: DeepSpeed collects six times for every engine, and would walk what is here
     try:
         start_process_group(timeout_minutes=2)
         result = function(*args)

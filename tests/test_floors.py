@@ -256,7 +256,7 @@ def test_files_can_be_read_in_a_sitting() -> None:
     ],
 )
 def test_verbs_that_answer_on_standard_output_start_without_deepspeed(module: str) -> None:
-    """DeepSpeed logs to standard output from its import on."""
-    code = f"import sys, megakor.{module}; print('deepspeed' in sys.modules)"
+    """DeepSpeed logs to standard output from its import on. Nor with torch's compiler, which takes a second."""
+    code = f"import sys, megakor.{module}; print({{'deepspeed', 'torch._dynamo', 'pandas'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "set()\n"

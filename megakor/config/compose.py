@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import gc
 import os
 import re
@@ -61,6 +62,7 @@ def config_folder() -> Path:
     return beside if (beside / "pretrain.yaml").is_file() else package / "configs"
 
 
+@functools.cache  # a schema takes hundredths of a second to read
 def register_schema(verb: Verb) -> None:
     """Make a verb's schema known to Hydra, under `<its YAML>_schema`."""
     ConfigStore.instance().store(name=f"{verb.config_name}_schema", node=verb.schema)
@@ -147,6 +149,7 @@ class Arguments:
     """The command line, sorted: overrides and flags for Hydra, keys that its lexer cannot read, and our own flags."""
 
     hydra: list[str]
+    flags: list[str] = dataclasses.field(default_factory=list)  # argparse takes them behind the overrides
     beyond_hydra: dict[str, str] = dataclasses.field(default_factory=dict)
     debug: bool = False
     help: bool = False
@@ -170,7 +173,6 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
     multirun = bool({"-m", "--multirun"} & set(arguments))
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--multirun cannot run under a launcher: every process would start every run")
-    flags: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
         flag = argument.partition("=")[0].replace("-", "_")
@@ -184,9 +186,9 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
         elif argument.startswith("--") and field_type(verb.schema, flag.removeprefix("__")) is bool:
             sorted_.hydra.append(f"{flag.removeprefix('__')}=true")
         elif argument.startswith("-"):
-            flags.append(argument)
+            sorted_.flags.append(argument)
             if argument in HYDRA_OPTIONS_WITH_VALUE:
-                flags.append(next(waiting, ""))
+                sorted_.flags.append(next(waiting, ""))
         elif "=" not in argument and not argument.startswith("~"):
             raise ValueError(f"argument {argument!r} must be of the form key=value")
         else:
@@ -196,7 +198,6 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
                 sorted_.beyond_hydra[name.lstrip("+")] = value  # its lexer has no letters but ASCII in keys
                 continue
             sorted_.hydra.append(quote_override(argument, verb.schema, multirun))
-    sorted_.hydra += flags  # argparse takes overrides in one run only, and flags behind them
     return sorted_
 
 
@@ -289,6 +290,8 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
     """
     verb = VERBS[name]
     arguments = sys.argv[1:] if arguments is None else arguments
+    gc.freeze()  # what was imported stays to the end: the collector need not walk it, in steps or at exit
+    gc.enable()  # where a main has imported without it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and errors are told here
     register_schema(verb)
     debug = "--debug" in arguments
@@ -300,15 +303,19 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
             return print_help(verb, sorted_.hydra)
 
         composed: list[DictConfig] = []  # one, or several under --multirun
-        with tempfile.TemporaryDirectory() as folder:  # for the file that Hydra writes under --multirun
-            sys.argv = [verb.module, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=.", *sorted_.hydra]
-            folder_and_name = {"config_path": str(config_folder()), "config_name": verb.config_name}
-            hydra.main(version_base="1.3", **folder_and_name)(composed.append)()
+        if sorted_.flags:
+            with tempfile.TemporaryDirectory() as folder:  # for the file that Hydra writes under --multirun
+                sweep = [f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]
+                sys.argv = [verb.module, *sweep, *sorted_.hydra, *sorted_.flags]
+                folder_and_name = {"config_path": str(config_folder()), "config_name": verb.config_name}
+                hydra.main(version_base="1.3", **folder_and_name)(composed.append)()
+        else:  # which Hydra's main would do twice
+            with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+                composed.append(hydra.compose(verb.config_name, overrides=sorted_.hydra))
         for config in composed:
             for key, value in sorted_.beyond_hydra.items():
                 OmegaConf.update(config, key, value, force_add=True)
         sys.argv = [verb.module, *arguments]  # `launch` hands them on
-        gc.freeze()  # what was imported stays to the end: the collector need not walk it, in steps or at exit
         for config in [to_object(config, verb.schema) for config in composed]:
             run(config)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

@@ -137,13 +137,15 @@ class Mixture:
         following = self.phases[self.phases.index(phase) + 1 :]
         if not phase.weights[source]:
             return -1
-        block = (
-            bisect.bisect_right(
-                range(2**62), number, key=lambda block: phase.quotas(phase.start + block * self.block)[source]
-            )
-            - 1
-            + phase.start // self.block
+        # After x positions of a phase a source has been drawn from weight × x times, less than one fewer and at most as
+        # many more as there are other sources: that leaves a few blocks to look at.
+        ahead, per_block = number - phase.drawn[source], phase.weights[source] * self.block
+        first = max(0, math.floor((ahead - len(self.sources)) / per_block))
+        blocks = range(first, math.ceil((ahead + 1) / per_block) + 1)
+        found = bisect.bisect_right(
+            blocks, number, key=lambda block: phase.quotas(phase.start + block * self.block)[source]
         )
+        block = blocks[found - 1] + phase.start // self.block
         if following and block * self.block >= following[0].start:
             return -1
         sources, numbers = self._block(block)

@@ -80,7 +80,8 @@ class Shards(Sequence[ShardEntry]):
         table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)  # read_table would import pandas
         if table.schema.names != SCHEMA.names:
             raise ValueError(f"columns={table.schema.names} must be {SCHEMA.names}")
-        shards = cls(table.cast(SCHEMA))
+        # A cast imports Arrow's functions, a tenth of a second; it is for tables that others have written.
+        shards = cls(table if table.schema.equals(SCHEMA) else table.cast(SCHEMA))
         for prefix in shards.prefixes:
             if not PLAIN.fullmatch(prefix):
                 check_name(prefix)

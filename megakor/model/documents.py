@@ -54,12 +54,13 @@ Attending = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Borders, float],
 the probability of dropout -> [batch × seq, heads, head_dim]."""
 
 
-@torch.compiler.disable  # its graph would be of one micro-batch's lengths
 def one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, borders: Borders, dropout: float
 ) -> torch.Tensor:
-    """Attend document by document, on any device. It takes no mask, and only the pairs of tokens that there are."""
+    """Attend document by document, on any device. It takes no mask, and only the pairs of tokens that there are.
 
+    Not for `torch.compile`: its graph would be of one micro-batch's lengths.
+    """
     contexts = []
     for document in zip(*(states.split(borders.lengths) for states in (query, key, value)), strict=True):
         queries, keys, values = (states.transpose(0, 1).unsqueeze(0) for states in document)  # [1, heads, length, …]
@@ -69,16 +70,24 @@ def one_by_one(
 
 
 def all_at_once(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, borders: Borders, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: Borders,
+    dropout: float,
+    otherwise: Attending = one_by_one,
 ) -> torch.Tensor:
     """Attend in one kernel, FlashAttention's for documents of several lengths; for half precision on GPUs.
 
     It has no dropout, and takes heads of a multiple of 8 up to 256: others attend one by one.
+
+    Args:
+        otherwise: `one_by_one`, or what stands for it where blocks are compiled.
     """
     from torch.nn.attention.varlen import varlen_attn  # older versions of PyTorch have none
 
     if dropout or query.shape[-1] % 8 or query.shape[-1] > 256:
-        return one_by_one(query, key, value, borders, dropout)
+        return otherwise(query, key, value, borders, dropout)
     starts, longest = borders.starts, borders.longest
     causal = (-1, 0)  # all tokens before, none after
     return varlen_attn(query, key, value, starts, starts, longest, longest, window_size=causal)  # type: ignore[return-value]

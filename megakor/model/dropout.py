@@ -50,7 +50,10 @@ class DropoutCounter:
         """Random numbers from `key` inside; the generators are as before afterwards."""
         kind = {"device_type": self.devices[0].type} if self.devices else {}
         with torch.random.fork_rng(self.devices, **kind):
-            torch.manual_seed(key)
+            if self.devices:
+                torch.manual_seed(key)
+            else:  # the host's alone: the other one notes a stack trace for each kind of accelerator
+                torch.default_generator.manual_seed(key)
             yield
 
     def dropout(self, hidden_states: torch.Tensor, probability: float, key: int | None) -> torch.Tensor:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import deepspeed
 import torch
@@ -50,12 +51,19 @@ def loss_chunk() -> int:
     return HOST_LOSS_CHUNK if is_cpu() else ACCELERATOR_LOSS_CHUNK
 
 
-def attending(precision: Precision) -> Attending:
-    """How this rank's device attends within documents: by FlashAttention where it has it, in half precision."""
+def attending(precision: Precision, compiled: bool = False) -> Attending:
+    """How this rank's device attends within documents: by FlashAttention where it has it, in half precision.
+
+    Args:
+        precision: of queries, keys and values.
+        compiled: whether the blocks that attend are.
+    """
+    alone = torch.compiler.disable(one_by_one) if compiled else one_by_one
     if device().type != "cuda" or precision is Precision.fp32 or torch.__version__ < (2, 13):  # type: ignore[operator]
-        return one_by_one
-    since_ampere = torch.get_device_module(device()).get_device_capability() >= (8, 0)
-    return all_at_once if since_ampere else one_by_one
+        return alone
+    if torch.get_device_module(device()).get_device_capability() < (8, 0):
+        return alone
+    return partial(all_at_once, otherwise=alone) if compiled else all_at_once
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import deepspeed
 import numpy as np
 import torch
+import torch._dynamo  # torch.optim would import it later, when the collector is at work
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -126,7 +127,7 @@ class Engine:
             precision = config.train.precision
             self.built = build(
                 config, self.model, self.num_tokens, self.groups, DTYPES[precision], device(), loss_chunk(),
-                attending(precision), self.lora,
+                attending(precision, config.train.compile), self.lora,
             )  # fmt: skip
         self._fill(values)
         if config.train.compile:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 
 from megakor.config.compose import QUIET_HYDRA, config_folder, main, quote_override, register_schema, to_object
 from megakor.config.verbs import VERBS
@@ -60,13 +65,26 @@ def composed(verb: str, *arguments: str) -> Any:
     return seen[0]
 
 
-def quickly_composed(verb: str, *arguments: str) -> Any:
-    """The same without Hydra's start, which takes most of the time; errors are raised as they are."""
-    schema = VERBS[verb].schema
+@functools.cache
+def with_choices(verb: str, *choices: str) -> DictConfig:
+    """What YAML files lead to, before any key is given."""
     register_schema(VERBS[verb])
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        overrides = [quote_override(argument, schema, multirun=False) for argument in arguments]
-        return to_object(compose(VERBS[verb].config_name, overrides=[*QUIET_HYDRA, *overrides]), schema)
+        return compose(VERBS[verb].config_name, overrides=[*QUIET_HYDRA, *choices])
+
+
+def quickly_composed(verb: str, *arguments: str) -> Any:
+    """The same without Hydra's start and without reading files anew, which take most of the time.
+
+    Hydra composes what the files say, and merges the keys into it. Errors are raised as they are.
+    """
+    schema = VERBS[verb].schema
+    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+    chosen = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in groups]
+    keys = [quote_override(argument, schema, multirun=False) for argument in arguments if argument not in chosen]
+    config = copy.deepcopy(with_choices(verb, *chosen))
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(keys), config)
+    return to_object(config, schema)
 
 
 def command(

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 
-from megakor.config.compose import config_folder
+from megakor.config.compose import config_folder, main
 from megakor.config.schema import ModelConfig, Precision, PretrainConfig
 from megakor.config.verbs import VERBS
 from megakor.plan.hardware import known_hardware
@@ -80,6 +81,17 @@ def test_a_model_by_name_survives_the_experiment() -> None:
 def test_the_run_folder_follows_the_name() -> None:
     arguments = [argument for argument in PRETRAIN if not argument.startswith("run=")]
     assert composed("pretrain", *arguments, "name=한글 이름").run == "runs/한글 이름"
+
+
+def test_the_collector_is_at_work_when_a_verb_runs() -> None:
+    """Mains import their modules without it."""
+    seen: list[bool] = []
+    gc.disable()
+    try:
+        main("report", lambda config: seen.append(gc.isenabled()), ["run=r"])
+        assert seen == [True]
+    finally:
+        gc.enable()
 
 
 def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,12 @@ def test_documents_attend_at_once_where_the_kernel_is(
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(f"{version[0]}.{version[1]}.0"))
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(get_device_capability=lambda: capability))
     assert device.attending(precision) is expected
+    chosen: Any = device.attending(precision, compiled=True)
+    if expected is all_at_once:
+        assert chosen.func is all_at_once
+        chosen = chosen.keywords["otherwise"]
+    assert chosen._torchdynamo_disable
+    assert chosen.__wrapped__ is one_by_one
 
 
 def test_ranks_under_open_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
