@@ -32,8 +32,8 @@ def give_back_freed_blocks() -> None:
     library.mallopt(M_ARENA_MAX, 1)
 
 
-def keep_freed_blocks() -> None:
-    """Have malloc keep freed blocks below 32 MiB again, as it comes to do by itself after a while."""
+def keep_freed_blocks(below: int = 2**25) -> None:
+    """Have malloc keep freed blocks below so many bytes again; by itself it comes to do so below 32 MiB."""
     library = ctypes.CDLL(None)
-    library.mallopt(M_MMAP_THRESHOLD, 2**25)
-    library.mallopt(M_TRIM_THRESHOLD, 2**26)
+    library.mallopt(M_MMAP_THRESHOLD, below)
+    library.mallopt(M_TRIM_THRESHOLD, 2 * below - 1)

@@ -108,6 +108,32 @@ def replica_seconds(
     return max(0.0, seconds - hidden) if beside else seconds
 
 
+def summed_bytes(parallel: ParallelConfig, precision: Precision, practice: Practice, replicas: int) -> float:
+    """Bytes that stream through memory for a weight's gradient of a micro-batch, until it is in its fp32 sum.
+
+    In one pass the gradient is read, and its sum read and written. DeepSpeed 0.19 casts in a pass of its own
+    (bf16_optimizer.py, _update_hp_grad). Under ZeRO-2 and 3 it copies gradients into a bucket, divides them, and puts
+    them in another order for the message; a rank casts and adds what it owns (stage_1_and_2.py, average_tensor;
+    coalesced_collectives.py, reduce_scatter_coalesced).
+    """
+    size = precision.itemsize
+    in_one_pass, cast_and_added = size + 2 * FP32, size + 4 * FP32
+    if not practice.copies:
+        return in_one_pass
+    if parallel.zero_stage >= 2:
+        return 6 * size + cast_and_added / replicas
+    return cast_and_added if precision is Precision.bf16 else in_one_pass
+
+
+def gathered_bytes(parallel: ParallelConfig, precision: Precision, practice: Practice) -> float:
+    """Bytes that stream through memory for a weight that a micro-batch's two passes gather, besides the messages.
+
+    DeepSpeed 0.19 joins the replicas' parts of each weight to a new tensor (partition_parameters.py,
+    AllGatherCoalescedHandle.wait).
+    """
+    return 2 * 2 * precision.itemsize if parallel.zero_stage == 3 and practice.copies else 0.0
+
+
 UPDATE_BYTES = {OptimizerName.adamw: 28, OptimizerName.adafactor: 24}
 """Bytes that an update reads and writes for a weight: fp32 weight, gradient and moments (Adafactor's are factored)."""
 GRADIENT_BYTES = 12

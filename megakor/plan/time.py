@@ -27,13 +27,12 @@ from megakor.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from megakor.model.flops import train_flops_per_token
 from megakor.model.specs import EMBEDDING, FINAL_NORM, HEAD, parameter_specs
 from megakor.parallel.dims import ParallelDims
-from megakor.plan.clock import Clock, Pass, optimizer_seconds, replica_seconds
+from megakor.plan.clock import Clock, Pass, gathered_bytes, optimizer_seconds, replica_seconds, summed_bytes
 from megakor.plan.hardware import Hardware, Ring
 from megakor.plan.passes import Shape, counts_of, parts_of
 from megakor.plan.work import (
     DENSE,
     DOWN,
-    FP32,
     MEGAKOR,
     QUERY_KEY_VALUE,
     UP,
@@ -198,9 +197,11 @@ def step_time(
     sent = practice.virtual_stages * 2 * border if dims.pipeline > 1 else 0.0
     neighbours = Ring(2, 2 if dims.world_size <= hardware.per_node else 1)
     transfers = neighbours.seconds("send", sent, hardware) if sent else 0.0
+    summed = summed_bytes(parallel, train.precision, practice, dims.replicas)
+    gathered = gathered_bytes(parallel, train.precision, practice) if dims.replicas > 1 else 0.0
     passes = [
-        one + Pass(compute=numel * (size + 2 * FP32) / clock.memory_rate, transfers=transfers)
-        for one, numel in zip(stage_passes(clock, shape, train, stages), trained, strict=True)
+        one + Pass(compute=(numel * summed + weights * gathered) / clock.memory_rate, transfers=transfers)
+        for one, weights, numel in zip(stage_passes(clock, shape, train, stages), held, trained, strict=True)
     ]
     worst = max(passes, key=lambda one: one.seconds)
     bubble = (sum(one.seconds for one in passes) - worst.seconds) / practice.virtual_stages

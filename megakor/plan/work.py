@@ -24,6 +24,8 @@ class Practice:
         stops_early: whether recomputing a block ends before its last linear layer, whose result nothing needs:
             PyTorch's checkpoints do since 2.1, unless they are reentrant.
         wide_gradients: whether replicas sum gradients in fp32 under ZeRO-2 and 3, too.
+        copies: whether gradients, and weights that are gathered, are copied on their way as DeepSpeed 0.19 does
+            (`megakor.plan.clock.summed_bytes`, `gathered_bytes`); otherwise a gradient is added to its sum in one pass.
     """
 
     fused_attention: bool = True
@@ -33,6 +35,7 @@ class Practice:
     sends_parts: bool = False
     stops_early: bool = True
     wide_gradients: bool = False
+    copies: bool = True
 
 
 MEGAKOR = Practice()

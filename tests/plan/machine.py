@@ -97,12 +97,14 @@ class MachineRow:
         seconds: median of a step.
         num_bytes: growth of the fullest rank.
         core_seconds: of those seconds, what a rank's core worked.
+        returned_seconds: median of a step where freed memory goes back to the system, as glibc does it by itself.
     """
 
     name: str
     seconds: float
     num_bytes: int
     core_seconds: float
+    returned_seconds: float
     hardware: Hardware
     time: StepTime
     planned_bytes: int
@@ -122,13 +124,12 @@ def row(name: str, measured: dict[str, Any], precision: Precision) -> MachineRow
     """What was measured beside what the plan says.
 
     Args:
-        measured: seconds, num_bytes, core_seconds, libraries, and the hardware's figures.
+        measured: seconds, num_bytes, core_seconds, returned_seconds, libraries, and the hardware's figures.
     """
     hardware = Hardware(**measured["hardware"])
     time, planned_bytes = LAYOUTS[name].planned(precision, hardware, measured["libraries"])
-    return MachineRow(
-        name, measured["seconds"], measured["num_bytes"], measured["core_seconds"], hardware, time, planned_bytes
-    )
+    figures = {key: value for key, value in measured.items() if key not in ("hardware", "libraries")}
+    return MachineRow(name, **figures, hardware=hardware, time=time, planned_bytes=planned_bytes)
 
 
 def rows() -> list[MachineRow]:

@@ -97,7 +97,9 @@ def train_config(
     )
 
 
-MEGATRON = Practice(fused_attention=False, hides_tensor_messages=False, hides_replica_messages=(), stops_early=False)
+MEGATRON = Practice(
+    fused_attention=False, hides_tensor_messages=False, hides_replica_messages=(), stops_early=False, copies=False
+)
 """Megatron-LM of 2021: PyTorch's data parallelism after the last micro-batch, scores in memory."""
 
 FITTED_LENGTHS = (1024, 4096, 16384)
@@ -179,7 +181,7 @@ def llm_foundry() -> list[Row]:
         checkpointing = FULL if run["checkpointing"] == "true" else NONE
         newer = run["mixed_precision"] == "DEFAULT"
         train = train_config(gpus * micro * count, micro, checkpointing, int(run["sequence_length"]))
-        practice = Practice(hides_replica_messages=(2, 3), stops_early=newer, wide_gradients=newer)
+        practice = Practice(hides_replica_messages=(2, 3), stops_early=newer, wide_gradients=newer, copies=False)
         rows.append(
             Row("LLM-Foundry", f"{run['model']}, {train.sequence_length} tokens, {gpus} {run['hardware']}",
                 gpt(*sizes[run["model"]], vocabulary=50368),
@@ -200,7 +202,7 @@ def others() -> list[Row]:
     useful = 6 * (20_556_201_984 - 50432 * 6144) + 12 * 44 * 6144 * 2048
     # Linear layers of TinyLlama (22 layers; 32 heads, 4 of keys; gated 5,632): 21,504 × 2,048 weights a layer, as here.
     tiny = replace(gpt(2048, 22, 32, 32000), intermediate_size=6656, tie_word_embeddings=False, rotary_pct=1.0)
-    fsdp = Practice(hides_replica_messages=(2, 3), stops_early=False)
+    fsdp = Practice(hides_replica_messages=(2, 3), stops_early=False, copies=False)
     lit = "the attention of 4 key heads and the gated feed-forward as a GPT-NeoX block with as many FLOPs"
     return [
         Row("GPT-NeoX-20B (Black et al. 2022)", "20B, 96 a100-40g", neox,

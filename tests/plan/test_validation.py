@@ -79,15 +79,15 @@ def test_memory_is_within_a_tenth() -> None:
 
 
 def test_this_machine_is_within_bounds() -> None:
-    """Memory of every layout; the time of five. ZeRO-2, ZeRO-3 and sequence parallelism take longer than planned here:
-    the page tells by how much."""
+    """Memory of every layout; the time of six. ZeRO-2 and 3 take longer than planned: the page tells by how much."""
     rows = machine.rows()
     assert len(rows) >= 6
     for row in rows:
         assert row.num_bytes >= 2**30, row.name
         assert abs(row.memory_difference) <= 10, row.name
     far = {row.name for row in rows if abs(row.time_difference) > 20}
-    assert far <= {"dp2_zero2", "dp2_zero3", "tp2_sp"}
+    assert len(rows) - len(far) >= 6
+    assert far <= {"dp2_zero2", "dp2_zero3"}
 
 
 def test_polyglot_kos_calendar_implies_little_and_its_price_is_the_default() -> None:

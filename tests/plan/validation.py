@@ -138,6 +138,7 @@ def machine_table(rows: list[machine.MachineRow]) -> str:
     lines = [
         [
             row.name,
+            f"{row.returned_seconds:.2f}",
             f"{row.seconds:.2f}",
             f"{row.time.seconds:.2f}",
             f"{row.time_difference:+.1f} %",
@@ -150,7 +151,10 @@ def machine_table(rows: list[machine.MachineRow]) -> str:
         ]
         for row in rows
     ]
-    header = ["layout", "step, s", "planned", "", "GiB a rank", "planned", "", "GFLOP/s", "memory, GB/s", "link, GB/s"]
+    header = [
+        "layout", "step, s, memory given back", "step, s, memory kept", "planned", "", "GiB a rank", "planned", "",
+        "GFLOP/s", "memory, GB/s", "link, GB/s",
+    ]  # fmt: skip
     return table(header, lines)
 
 
