@@ -183,14 +183,21 @@ class Drill:
         self.damaged = {step for step in self.damaged if not self.is_whole(step)}  # others were saved anew
         if damage.damaged is not None:
             self.damaged.add(damage.damaged)
-        self.judge(starts, expected, before)
+        self.judge(starts, expected, before, damage.damaged)
         began = self.starts()[starts] if len(self.starts()) > starts else expected
         event = Event(layout, began, self.last_step(), damage.words, round(time.monotonic() - begin, 1))
         self.events.append(event)
         log.info("%d/%d %s", self.found.faults + 1, self.config.faults, event)
 
-    def judge(self, starts: int, expected: int, before: list[int]) -> None:
-        """Whether a start went on from where it had to, and what was committed is there still."""
+    def judge(self, starts: int, expected: int, before: dict[int, bool], damaged: int | None = None) -> None:
+        """Whether a start went on from where it had to, and what was committed is there still.
+
+        Args:
+            starts: those before.
+            expected: the step that it had to go on from.
+            before: `committed_steps` while it ran.
+            damaged: step that was damaged on purpose; had it been committed meanwhile, those that it replaces went.
+        """
         new = self.starts()[starts:]
         if not new:
             self.problem(f"a start that should go on from step {expected} did not begin; see {self.folder}/output.txt")
@@ -200,18 +207,20 @@ class Drill:
         elif new[0] < expected:
             self.found.lost_committed_steps += expected - new[0]
             self.problem(f"a start went on from step {new[0]}; {expected} was committed and whole")
-        whole = [step for step in before if step not in self.damaged]
+        replaced = {step for step, kept in before.items() if damaged is not None and step < damaged and not kept}
+        whole = before.keys() - self.damaged - replaced
         if whole and self.newest() < max(whole):
             self.found.lost_committed_steps += max(whole) - self.newest()
             self.problem(f"step {max(whole)} was committed and is lost; {self.newest()} is the newest whole one")
 
-    def committed_steps(self) -> list[int]:
-        """Steps that must be there from now on: the newest, and those that it does not replace."""
+    def committed_steps(self) -> dict[int, bool]:
+        """Steps that must be there from now on, the newest and those that it does not replace; whether a later one
+        leaves each there, too."""
         found = {}
         for folder in committed(self.run):
             with suppress(ValueError):  # one that was damaged
                 found[step_of(folder)] = CheckpointManifest.load(folder).kept
-        return [step for step, kept in found.items() if kept or step == max(found)]
+        return {step: kept for step, kept in found.items() if kept or step == max(found)}
 
     def newest(self) -> int:
         """Step of the newest whole checkpoint, every byte of which is looked at; 0: none."""
@@ -231,7 +240,7 @@ class Drill:
         begin, expected, starts = time.monotonic(), self.newest(), len(self.starts())
         self.await_end(self.start(self.run, "ZeRO-1"), "the last start")
         if expected < self.num_steps:
-            self.judge(starts, expected, [])
+            self.judge(starts, expected, {})
         self.events.append(Event("ZeRO-1", expected, self.last_step(), "nothing", round(time.monotonic() - begin, 1)))
 
     def compare(self, reference: Path) -> None:

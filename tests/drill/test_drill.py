@@ -87,19 +87,28 @@ def test_steps_that_are_missing_are_noticed(drill: Drill) -> None:
     assert drill.found.problems == ["steps [11] … were not taken"]
 
 
-@pytest.mark.parametrize(("went_on_from", "before", "lost", "undetected", "words"), [
-    ([10], [10], 0, 0, []),
-    ([5], [5, 10], 5, 0, ["a start went on from step 5; 10 was committed and whole"]),
-    ([12], [10], 0, 1, ["a start went on from step 12, which is damaged; 10 was the newest whole one"]),
-    ([10], [10, 15], 5, 0, ["step 15 was committed and is lost; 10 is the newest whole one"]),
-    ([], [10], 0, 0, ["a start that should go on from step 10 did not begin"]),
+KEPT, FOR_RESTARTS = True, False
+LOST = "step 15 was committed and is lost; 10 is the newest whole one"
+
+
+@pytest.mark.parametrize(("went_on_from", "before", "damaged", "lost", "undetected", "words"), [
+    ([10], {10: KEPT}, None, 0, 0, []),
+    ([5], {5: KEPT, 10: KEPT}, None, 5, 0, ["a start went on from step 5; 10 was committed and whole"]),
+    ([12], {10: KEPT}, None, 0, 1, ["a start went on from step 12, which is damaged; 10 was the newest whole one"]),
+    ([10], {10: KEPT, 15: KEPT}, None, 5, 0, [LOST]),
+    ([10], {10: KEPT, 15: FOR_RESTARTS}, None, 5, 0, [LOST]),
+    ([10], {10: KEPT, 15: KEPT}, 18, 5, 0, [LOST]),
+    ([10], {10: KEPT, 15: FOR_RESTARTS}, 12, 5, 0, [LOST]),
+    ([10], {10: KEPT, 15: FOR_RESTARTS}, 18, 0, 0, []),  # 18 had replaced it, and was damaged then
+    ([], {10: KEPT}, None, 0, 0, ["a start that should go on from step 10 did not begin"]),
 ])  # fmt: skip
 def test_judgement(
-    drill: Drill, alone: None, went_on_from: list[int], before: list[int], lost: int, undetected: int, words: list[str]
-) -> None:
+    drill: Drill, alone: None, went_on_from: list[int], before: dict[int, bool], damaged: int | None, lost: int,
+    undetected: int, words: list[str],
+) -> None:  # fmt: skip
     save(drill.run, 10)
     write(drill.run, [{"kind": "start", "step": step} for step in went_on_from])
-    drill.judge(starts=1, expected=10, before=before)
+    drill.judge(starts=1, expected=10, before=before, damaged=damaged)
     assert (drill.found.lost_committed_steps, drill.found.undetected_corruptions) == (lost, undetected)
     assert len(drill.found.problems) == len(words)
     assert all(found.startswith(expected) for found, expected in zip(drill.found.problems, words, strict=True))
