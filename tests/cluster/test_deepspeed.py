@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.cluster.hosts import Cluster
-from tests.cluster.training import NUM_STEPS, assert_as_undisturbed, launch, ranks, starts
+from megakor.drill.drill import TINY
+from tests.cluster.hosts import INTERFACE, Cluster
+from tests.cluster.training import NUM_STEPS, PAIR_LENGTH, assert_as_undisturbed, launch, megakor, ranks, starts, steps
 from tests.distributed.runs import Made
 
 PROGRAMS = ("pdsh",)
@@ -29,6 +30,22 @@ def test_two_hosts(cluster: Callable[[int], Cluster], made: Made, undisturbed: P
     assert {name: len(found) for name, found in ranks(hosts).items()} == {"node-1": 2, "node-2": 2}
     started.finishes(world_size=4)
     assert_as_undisturbed(run, undisturbed)
+
+
+def test_tuning_on_two_hosts(cluster: Callable[[int], Cluster], made: Made, undisturbed: Path, tmp_path: Path) -> None:
+    """Adapters on the model of a run, a rank on each host."""
+    hosts, run = cluster(2), tmp_path / "훈련"
+    words = hostfile(tmp_path / "hosts", {"node-1": 1, "node-2": 1})
+    tuning = [
+        f"base={undisturbed}", f"tokenizer={made.tokenizer}", f"run={run}", "lora.rank=4",
+        f"train.sequence_length={PAIR_LENGTH}", f"train.num_steps={NUM_STEPS}", f"cluster.interface={INTERFACE}",
+    ]  # fmt: skip
+    training = [word for word in TINY if not word.startswith("model")]
+    started = megakor(hosts[1], run, "launch instruct", *training, *tuning, *words)
+    started.finishes()
+    assert starts(run) == [(0, 2)]
+    losses = [record["loss"] for record in steps(run).values()]
+    assert sum(losses[-10:]) < sum(losses[:10])
 
 
 def test_a_node_dies(cluster: Callable[[int], Cluster], made: Made, undisturbed: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from tests.cluster.hosts import INTERFACE, Host, end, wait_for
 from tests.distributed.runs import Made
 
 NUM_STEPS = 40
+PAIR_LENGTH = 256
+"""Tokens that instruction pairs fit into."""
 TOLERANCE = 1e-6
 """Of losses in fp32, relative: other numbers of ranks add in another order. 2.5e-7 was measured."""
 
@@ -27,6 +29,7 @@ def overrides(made: Made, run: Path) -> list[str]:
     """A run of 40 steps that saves every 10."""
     return [
         *TINY, "checkpoint.restart_interval=0", f"train.num_steps={NUM_STEPS}", f"run={run}",
+        f"model.max_position_embeddings={PAIR_LENGTH}",
         f"data.train={made.train}", f"data.tokenizer={made.tokenizer}",
     ]  # fmt: skip
 
