@@ -8,7 +8,17 @@ from pathlib import Path
 
 from megakor.drill.drill import TINY
 from tests.cluster.hosts import INTERFACE, Cluster
-from tests.cluster.training import NUM_STEPS, PAIR_LENGTH, assert_as_undisturbed, launch, megakor, ranks, starts, steps
+from tests.cluster.training import (
+    NUM_STEPS,
+    PAIR_LENGTH,
+    assert_as_undisturbed,
+    goes_on_without_the_second,
+    launch,
+    megakor,
+    ranks,
+    starts,
+    steps,
+)
 from tests.distributed.runs import Made
 
 PROGRAMS = ("pdsh",)
@@ -53,17 +63,7 @@ def test_a_node_dies(cluster: Callable[[int], Cluster], made: Made, undisturbed:
     hosts, run = cluster(3), tmp_path / "훈련"
     words = hostfile(tmp_path / "hosts", {"node-1": 1, "node-2": 1, "node-3": 1})
     started = launch(hosts[1], made, run, *words, "launch.restarts=3", "launch.elastic=true")
-    started.until(step=12)
-    hosts.hosts["node-2"].die()
-    died = time.monotonic()
-    started.until(step=NUM_STEPS - 10, starts=2)
-    print(f"{time.monotonic() - died:.1f} s from the death of a node to the steps of the next start")
-    assert {name: len(found) for name, found in ranks([hosts[1], hosts[3]]).items()} == {"node-1": 1, "node-3": 1}
-    started.finishes(world_size=2)
-    (first, size), (resumed, left) = starts(run)
-    assert (first, size, left) == (0, 3, 2)
-    assert resumed >= 10
-    assert_as_undisturbed(run, undisturbed)
+    goes_on_without_the_second(hosts, started, undisturbed)
 
 
 def test_a_cable_is_pulled(cluster: Callable[[int], Cluster], made: Made, undisturbed: Path, tmp_path: Path) -> None:

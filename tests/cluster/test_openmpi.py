@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.cluster.hosts import Cluster
-from tests.cluster.training import NUM_STEPS, assert_as_undisturbed, launch, ranks, starts
+from tests.cluster.training import assert_as_undisturbed, goes_on_without_the_second, launch, ranks, starts
 from tests.distributed.runs import Made
 
 PROGRAMS = ("mpirun",)
@@ -38,14 +37,4 @@ def test_a_node_dies(cluster: Callable[[int], Cluster], made: Made, undisturbed:
     file.write_text("node-1 slots=1\nnode-2 slots=1\nnode-3 slots=1\n")
     words = ["cluster=openmpi", f"cluster.hostfile={file}", "launch.restarts=3", "launch.elastic=true"]
     started = launch(hosts[1], made, run, *words, env=ENVIRONMENT)
-    started.until(step=12)
-    hosts.hosts["node-2"].die()
-    died = time.monotonic()
-    started.until(step=NUM_STEPS - 10, starts=2)
-    print(f"{time.monotonic() - died:.1f} s from the death of a node to the steps of the next start")
-    assert {name: len(found) for name, found in ranks([hosts[1], hosts[3]]).items()} == {"node-1": 1, "node-3": 1}
-    started.finishes(world_size=2)
-    (first, size), (resumed, left) = starts(run)
-    assert (first, size, left) == (0, 3, 2)
-    assert resumed >= 10
-    assert_as_undisturbed(run, undisturbed)
+    goes_on_without_the_second(hosts, started, undisturbed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from megakor.drill.drill import TINY
 from megakor.train.exit_record import ExitRecord, read_exit
 from megakor.train.metrics import read_metrics
-from tests.cluster.hosts import INTERFACE, Host, end, wait_for
+from tests.cluster.hosts import INTERFACE, Cluster, Host, end, wait_for
 from tests.distributed.runs import Made
 
 NUM_STEPS = 40
@@ -113,6 +114,21 @@ def steps(run: Path) -> dict[int, dict[str, Any]]:
 def starts(run: Path) -> list[tuple[int, int]]:
     """(step that it went on from, ranks) of every start."""
     return [(record["step"], record["world_size"]) for record in read_metrics(run) if record["kind"] == "start"]
+
+
+def goes_on_without_the_second(hosts: Cluster, started: Started, undisturbed: Path) -> None:
+    """Of three hosts with a rank each, let the second die; the run goes on without it, as if nothing had been."""
+    started.until(step=12)
+    hosts.hosts["node-2"].die()
+    died = time.monotonic()
+    started.until(step=NUM_STEPS - 10, starts=2)
+    print(f"{time.monotonic() - died:.1f} s from the death of a node to the steps of the next start")
+    assert {name: len(found) for name, found in ranks([hosts[1], hosts[3]]).items()} == {"node-1": 1, "node-3": 1}
+    started.finishes(world_size=2)
+    (first, size), (resumed, left) = starts(started.run)
+    assert (first, size, left) == (0, 3, 2)
+    assert resumed >= 10
+    assert_as_undisturbed(started.run, undisturbed)
 
 
 def assert_as_undisturbed(run: Path, undisturbed: Path) -> None:
