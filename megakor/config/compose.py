@@ -149,7 +149,6 @@ class Arguments:
     """The command line, sorted: overrides and flags for Hydra, keys that its lexer cannot read, and our own flags."""
 
     hydra: list[str]
-    flags: list[str] = dataclasses.field(default_factory=list)  # argparse takes them behind the overrides
     beyond_hydra: dict[str, str] = dataclasses.field(default_factory=dict)
     debug: bool = False
     help: bool = False
@@ -173,6 +172,7 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
     multirun = bool({"-m", "--multirun"} & set(arguments))
     if multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--multirun cannot run under a launcher: every process would start every run")
+    flags: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
         flag = argument.partition("=")[0].replace("-", "_")
@@ -186,9 +186,9 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
         elif argument.startswith("--") and field_type(verb.schema, flag.removeprefix("__")) is bool:
             sorted_.hydra.append(f"{flag.removeprefix('__')}=true")
         elif argument.startswith("-"):
-            sorted_.flags.append(argument)
+            flags.append(argument)
             if argument in HYDRA_OPTIONS_WITH_VALUE:
-                sorted_.flags.append(next(waiting, ""))
+                flags.append(next(waiting, ""))
         elif "=" not in argument and not argument.startswith("~"):
             raise ValueError(f"argument {argument!r} must be of the form key=value")
         else:
@@ -198,6 +198,7 @@ def sort_arguments(arguments: list[str], verb: Verb) -> Arguments:
                 sorted_.beyond_hydra[name.lstrip("+")] = value  # its lexer has no letters but ASCII in keys
                 continue
             sorted_.hydra.append(quote_override(argument, verb.schema, multirun))
+    sorted_.hydra += flags  # argparse takes overrides in one run only, and flags behind them
     return sorted_
 
 
@@ -303,15 +304,10 @@ def main(name: str, run: Callable[[Any], None], arguments: list[str] | None = No
             return print_help(verb, sorted_.hydra)
 
         composed: list[DictConfig] = []  # one, or several under --multirun
-        if sorted_.flags:
-            with tempfile.TemporaryDirectory() as folder:  # for the file that Hydra writes under --multirun
-                sweep = [f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=."]
-                sys.argv = [verb.module, *sweep, *sorted_.hydra, *sorted_.flags]
-                folder_and_name = {"config_path": str(config_folder()), "config_name": verb.config_name}
-                hydra.main(version_base="1.3", **folder_and_name)(composed.append)()
-        else:  # which Hydra's main would do twice
-            with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-                composed.append(hydra.compose(verb.config_name, overrides=sorted_.hydra))
+        with tempfile.TemporaryDirectory() as folder:  # for the file that Hydra writes under --multirun
+            sys.argv = [verb.module, f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=.", *sorted_.hydra]
+            folder_and_name = {"config_path": str(config_folder()), "config_name": verb.config_name}
+            hydra.main(version_base="1.3", **folder_and_name)(composed.append)()
         for config in composed:
             for key, value in sorted_.beyond_hydra.items():
                 OmegaConf.update(config, key, value, force_add=True)
