@@ -31,9 +31,10 @@ from megakor.instruct.template import chat_template
 from megakor.interop.config_json import CONFIG_FILE, read_architecture
 from megakor.interop.folder import written_aside
 from megakor.interop.source_weights import SourceWeights
+from megakor.interop.tokenizer_files import copy_own_files
 from megakor.logs import Progress, get_logger, progress
 from megakor.model.specs import num_parameters, resolve_vocabulary
-from megakor.tokenizer.tokenizer import META_FILE, MODEL_FILE, Tokenizer
+from megakor.tokenizer.tokenizer import Tokenizer
 
 CONFIG = "config.yaml"
 
@@ -143,8 +144,7 @@ def warn_of_other_tokenizer(content: dict[str, Any], tokenizer: Tokenizer) -> No
 def copy_tokenizer(tokenizer: Path, folder: Path, out: Path) -> None:
     """Copy the tokenizer, and the chat template where the model came with ours."""
     out.mkdir()
-    for name in (MODEL_FILE, META_FILE):
-        shutil.copyfile(tokenizer / name, out / name)
+    copy_own_files(tokenizer, out)
     template = folder / CHAT_TEMPLATE
     if template.is_file() and template.read_bytes() == chat_template().encode():
         shutil.copyfile(template, out / CHAT_TEMPLATE)

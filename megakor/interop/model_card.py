@@ -8,12 +8,13 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from megakor.checkpoint.format import CheckpointManifest
+from megakor.instruct.template import FILE as CHAT_TEMPLATE
 from megakor.train.metrics import read_metrics
 
 
 def write_model_card(out: Path, run: Path, manifest: CheckpointManifest, figures: dict[str, Any]) -> None:
     """Write `README.md`, with the YAML header that model hubs read, into an export."""
-    has_chat_template = (out / "chat_template.jinja").is_file()
+    has_chat_template = (out / CHAT_TEMPLATE).is_file()
     tags = ["gpt_neox", "megakor", *(["conversational"] if has_chat_template else [])]
     header = ModelCardData(language="ko", library_name="transformers", pipeline_tag="text-generation", tags=tags)
     model = manifest.model

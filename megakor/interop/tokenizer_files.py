@@ -11,11 +11,10 @@ from typing import Any
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from megakor.checkpoint.format import CheckpointManifest
+from megakor.instruct.template import FILE as CHAT_TEMPLATE
 from megakor.interop.tokenizer_json import build_tokenizer
 from megakor.tokenizer.special import END_OF_DOCUMENT, SEPARATOR
 from megakor.tokenizer.tokenizer import META_FILE, MODEL_FILE
-
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def read_tokenizer_model(folder: Path, manifest: CheckpointManifest) -> Any:
@@ -49,6 +48,12 @@ def eod_id(proto: Any) -> int:
     raise ValueError(f"tokenizer.model has no {END_OF_DOCUMENT}, which ends every document")
 
 
+def copy_own_files(folder: Path, out: Path) -> None:
+    """Copy the files that make a folder a tokenizer of ours."""
+    for name in (MODEL_FILE, META_FILE):
+        shutil.copyfile(folder / name, out / name)
+
+
 def write_tokenizer_files(proto: Any, folder: Path, out: Path, max_length: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`; copy our own files, and the chat template if there is one.
 
@@ -70,8 +75,7 @@ def write_tokenizer_files(proto: Any, folder: Path, out: Path, max_length: int) 
     }
     if any(piece.piece == SEPARATOR for piece in proto.pieces):
         config["sep_token"] = SEPARATOR
-    for name in (MODEL_FILE, META_FILE):
-        shutil.copyfile(folder / name, out / name)
+    copy_own_files(folder, out)
     template = folder / CHAT_TEMPLATE
     if template.is_file():
         shutil.copyfile(template, out / CHAT_TEMPLATE)
